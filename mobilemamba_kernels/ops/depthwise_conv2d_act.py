@@ -1,0 +1,102 @@
+"""Depthwise convolution with bias, activation and residual in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mobilemamba_kernels._library import define_operator
+from mobilemamba_kernels.backends import choose
+from mobilemamba_kernels.ops._activations import activate, check_activation
+from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
+
+
+def depthwise_conv2d_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return activation(conv(x) + bias) + residual, one filter a channel.
+
+    Args:
+        x: (batch, C, H, W).
+        weight: (C, 1, k, k).
+        bias: (C).
+        stride: at least 1, of both dimensions.
+        padding: zeros on every side; k // 2 when None.
+        activation: "none", "relu" or "silu".
+        residual: of the result's shape.
+
+    Returns:
+        (batch, C, H', W') in ``x``'s dtype (under autocast, autocast's), H' = (H + 2·padding − k) // stride + 1.
+        Differentiable once, in every tensor; twice on the reference.
+
+    Raises:
+        TypeError: an argument is no real floating-point tensor.
+        ValueError: shapes, devices, stride, padding or activation do not fit.
+    """
+    op = "depthwise_conv2d_act"
+    check_tensors(op, x=x, weight=weight, bias=bias, residual=residual)
+    check_activation(op, "activation", activation)
+    check_dims(op, "x", x, "batch, C, H, W")
+    check_dims(op, "weight", weight, "C, 1, k, k")
+    batch, channels, height, width = x.shape
+    k = weight.shape[2]
+    check_shape(op, "weight", weight, (channels, 1, k, k), "C, 1, k, k")
+    check_shape(op, "bias", bias, (channels,), "C")
+    padding = k // 2 if padding is None else padding
+    if k < 1 or stride < 1 or padding < 0:
+        raise ValueError(f"{op}: k and stride must be at least 1, padding at least 0; got {k}, {stride} and {padding}")
+    if height + 2 * padding < k or width + 2 * padding < k:
+        raise ValueError(f"{op}: the padded input must be at least {k}×{k}; got {height}×{width}, padding {padding}")
+    out_shape = (batch, channels, *((n + 2 * padding - k) // stride + 1 for n in (height, width)))
+    check_shape(op, "residual", residual, out_shape, "batch, C, H', W'")
+    x, residual = autocast(x, residual)
+    args = (x, weight, bias, stride, padding, activation, residual)
+    return _reference(*args) if choose(op, x, weight, bias, residual) == "reference" else _operator(*args)
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    dtype = accumulate_dtype(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    y = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, groups=x.shape[1])
+    y = activate(y, activation)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    return y.to(x.dtype)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    height, width = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])
+    y = x.new_empty(x.shape[0], x.shape[1], height, width)
+    # The layout of the input: channels-last in, channels-last out.
+    return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 and x.shape[1] > 1 else y
+
+
+_operator = define_operator(
+    "depthwise_conv2d_act",
+    "(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, str activation, Tensor? residual) -> Tensor",
+    _reference,
+    _fake,
+)

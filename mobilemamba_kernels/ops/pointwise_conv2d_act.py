@@ -1,0 +1,89 @@
+"""1×1 convolution with input activation, bias, activation and residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mobilemamba_kernels._library import define_operator
+from mobilemamba_kernels.backends import choose
+from mobilemamba_kernels.ops._activations import activate, check_activation
+from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
+
+
+def pointwise_conv2d_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    input_activation: str = "none",
+) -> Tensor:
+    """Return activation(weight · input_activation(x) + bias) + residual at every position.
+
+    Args:
+        x: (batch, C, H, W).
+        weight: (O, C).
+        bias: (O).
+        activation, input_activation: "none", "relu" or "silu".
+        residual: (batch, O, H, W).
+
+    Returns:
+        (batch, O, H, W) in ``x``'s dtype (under autocast, autocast's). Differentiable once, in every tensor; twice on
+        the reference.
+
+    Raises:
+        TypeError: an argument is no real floating-point tensor.
+        ValueError: shapes, devices or activations do not fit.
+    """
+    op = "pointwise_conv2d_act"
+    check_tensors(op, x=x, weight=weight, bias=bias, residual=residual)
+    check_activation(op, "activation", activation)
+    check_activation(op, "input_activation", input_activation)
+    check_dims(op, "x", x, "batch, C, H, W")
+    check_dims(op, "weight", weight, "O, C")
+    batch, channels, height, width = x.shape
+    check_shape(op, "weight", weight, (weight.shape[0], channels), "O, C")
+    check_shape(op, "bias", bias, (weight.shape[0],), "O")
+    check_shape(op, "residual", residual, (batch, weight.shape[0], height, width), "batch, O, H, W")
+    x, residual = autocast(x, residual)
+    args = (x, weight, bias, activation, residual, input_activation)
+    return _reference(*args) if choose(op, x, weight, bias, residual) == "reference" else _operator(*args)
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    input_activation: str,
+) -> Tensor:
+    dtype = accumulate_dtype(x.dtype)
+    y = torch.einsum("oc,bchw->bohw", weight.to(dtype), activate(x.to(dtype), input_activation))
+    if bias is not None:
+        y = y + bias.to(dtype).view(-1, 1, 1)
+    y = activate(y, activation)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    return y.to(x.dtype)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    input_activation: str,
+) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 and x.shape[1] > 1 else y
+
+
+_operator = define_operator(
+    "pointwise_conv2d_act",
+    "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, str input_activation) -> Tensor",
+    _reference,
+    _fake,
+)

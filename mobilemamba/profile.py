@@ -1,0 +1,63 @@
+"""Parameters and multiply-adds of a network."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mobilemamba.inference import Depthwise, FeedForward, FusedGlobalOp, Pointwise
+from mobilemamba.layers import SS2D, GlobalOp
+from mobilemamba.model import MobileMamba
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters; as in the paper, the fixed wavelet filters count."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: MobileMamba, image_size: int | tuple[int, int]) -> int:
+    """Multiply-adds of the network, fused or not, for one image of that size (height and width, or both in one).
+
+    Counts convolutions, linear layers, SS2D's projections, and the wavelet transforms as the convolutions that they
+    are. The scan, normalizations and activations are left out.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        total += _MACS[type(module)](module, output.shape)
+
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if type(module) in _MACS:
+            module.register_forward_hook(count)
+    weight = next(model.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # shapes alone: nothing is computed
+        model(torch.empty(1, model.in_chans, height, width, dtype=weight.dtype, device=weight.device))
+    return total
+
+
+def _at_each_position(*names: str) -> Callable[[nn.Module, torch.Size], int]:
+    """Every weight of that name multiplies once at each position of the output."""
+    return lambda module, shape: sum(getattr(module, name).numel() for name in names) * shape[2:].numel()
+
+
+def _wavelet(weight: Tensor, shape: torch.Size) -> int:
+    # Both transforms and the convolution work at half the resolution; a transform has four taps for each band.
+    return (weight.numel() + 2 * 4 * weight.shape[0]) * -(-shape[2] // 2) * -(-shape[3] // 2)
+
+
+_MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
+    nn.Conv2d: _at_each_position("weight"),
+    nn.Linear: lambda module, shape: module.weight.numel(),
+    Depthwise: _at_each_position("weight"),
+    Pointwise: _at_each_position("weight"),
+    FeedForward: _at_each_position("w1", "w2"),
+    SS2D: _at_each_position("x_proj_weight", "dt_projs_weight"),
+    GlobalOp: lambda module, shape: sum(_wavelet(conv.weight, shape) for conv in module.wavelet_convs),
+    FusedGlobalOp: lambda module, shape: _wavelet(module.weight, shape),
+}

@@ -81,7 +81,7 @@ class Options:
             if global_channels > self.widths[stage]:
                 raise ValueError(
                     f"global_ratio {self.global_ratio[stage]} of width {self.widths[stage]} rounds to "
-                    f"{global_channels} channels, more than there are: choose a smaller ratio or a multiple of 16 as width"
+                    f"{global_channels} channels, more than there are: choose a smaller ratio or a wider stage"
                 )
             if 0 < local_channels < self.local_groups:
                 raise ValueError(

@@ -1,0 +1,227 @@
+// One vector register of float32 and the functions of it that the kernels need.
+//
+// The compiler's own vector extension does the arithmetic, so one text serves every instruction set; intrinsics appear
+// only where it has no operator. Everything is internal to its translation unit: a function that the linker merged
+// between instruction sets could run AVX-512 code on a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "include/tensor_view.h"
+
+#define MOBILEMAMBA_CONCAT_(a, b) a##b
+#define MOBILEMAMBA_CONCAT(a, b) MOBILEMAMBA_CONCAT_(a, b)
+#define BEGIN_KERNELS namespace mobilemamba { namespace MOBILEMAMBA_CONCAT(cpu_, CPU_CAPABILITY) {
+#define END_KERNELS } }
+#define INLINE static inline __attribute__((always_inline))
+
+BEGIN_KERNELS
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+
+INLINE Vec splat(float x) { return Vec{} + x; }
+INLINE BitVec bits(Vec x) { return reinterpret_cast<BitVec>(x); }
+INLINE Vec from_bits(BitVec x) { return reinterpret_cast<Vec>(x); }
+
+// Where the mask (all ones or zeros in each lane) is set, a, else b.
+INLINE Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
+// NaN in x stays NaN.
+INLINE Vec at_least(Vec x, Vec low) { return select(x < low, low, x); }
+INLINE Vec at_most(Vec x, Vec high) { return select(x > high, high, x); }
+INLINE Vec magnitude(Vec x) { return from_bits(bits(x) & 0x7fffffffu); }
+
+INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// 16-bit floats are only ever stored and loaded, each through its bits.
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+INLINE HalfVec load_bits(const void* p) {
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  return h;
+}
+INLINE Vec load(const BFloat16* p) { return from_bits(__builtin_convertvector(load_bits(p), BitVec) << 16); }
+INLINE void store(BFloat16* p, Vec v) {
+  const BitVec b = bits(v);
+  const BitVec rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const BitVec nan = (b >> 16) | 0x40u;
+  const HalfVec h = __builtin_convertvector(v != v ? nan : rounded, HalfVec);
+  std::memcpy(p, &h, sizeof h);
+}
+
+#if defined(__AVX512F__)
+INLINE Vec load(const Float16* p) {
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+INLINE void store(Float16* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+}
+#elif defined(__F16C__)
+INLINE Vec load(const Float16* p) {
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+INLINE void store(Float16* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+}
+#else
+INLINE Vec load(const Float16* p) {
+  const BitVec h = __builtin_convertvector(load_bits(p), BitVec);
+  const BitVec sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+  const BitVec finite = bits(from_bits(rest) * 0x1p112f);  // moves the exponent and normalizes subnormals
+  return from_bits(sign | ((h & 0x7c00u) == 0x7c00u ? rest | 0x7f800000u : finite));
+}
+INLINE void store(Float16* p, Vec v) {
+  const BitVec b = bits(v), sign = (b >> 16) & 0x8000u, rest = b & 0x7fffffffu;
+  const BitVec normal = (rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u) >> 13;
+  // Adding 1/2 aligns a subnormal's bits with the end of the mantissa, rounded as every addition is.
+  const BitVec subnormal = bits(from_bits(rest) + 0.5f) - 0x3f000000u;
+  BitVec h = rest < 0x38800000u ? subnormal : normal;
+  h = rest >= 0x477ff000u ? BitVec{} + 0x7c00u : h;  // rounds to infinity
+  h = rest > 0x7f800000u ? BitVec{} + 0x7e00u : h;
+  const HalfVec out = __builtin_convertvector(h | sign, HalfVec);
+  std::memcpy(p, &out, sizeof out);
+}
+#endif
+
+// The first n lanes; zeros behind them.
+template <class T>
+INLINE Vec load_some(const T* p, int64_t n) {
+  if (n == kLanes) return load(p);
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+INLINE void store_some(T* p, Vec v, int64_t n) {
+  if (n == kLanes) return store(p, v);
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// Calls f with a typed pointer to the elements.
+template <class F>
+INLINE void with_type(Elements e, F f) {
+  if (e.dtype == DType::kFloat32) return f(static_cast<float*>(e.data));
+  if (e.dtype == DType::kBFloat16) return f(static_cast<BFloat16*>(e.data));
+  f(static_cast<Float16*>(e.data));
+}
+INLINE Vec load_some(Elements e, int64_t n) {
+  Vec v;
+  with_type(e, [&](auto* p) { v = load_some(p, n); });
+  return v;
+}
+INLINE void store_some(Elements e, Vec v, int64_t n) {
+  with_type(e, [&](auto* p) { store_some(p, v, n); });
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x to about one unit in the last place; subnormal results, infinities and NaN are right.
+INLINE Vec exp2(Vec x) {
+  x = at_most(at_least(x, splat(-151.0f)), splat(129.0f));
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are x rounded to an integer
+  const Vec whole = shifted - 12582912.0f;
+  const Vec r = x - whole;
+  // Near-minimax on [-1/2, 1/2], relative error 2e-9.
+  Vec p = splat(0.0001534580806f);
+  p = p * r + 0.001339993090f;
+  p = p * r + 0.009618489072f;
+  p = p * r + 0.05550328642f;
+  p = p * r + 0.2402264625f;
+  p = p * r + 0.6931471825f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
+#else
+  // Two factors, because 2^whole itself may overflow or be subnormal.
+  const IntVec n = reinterpret_cast<IntVec>(bits(shifted) - 0x4b400000u);
+  const IntVec half = n >> 1;
+  const Vec a = reinterpret_cast<Vec>((half + 127) << 23), b = reinterpret_cast<Vec>((n - half + 127) << 23);
+  return select(x != x, x, p * a * b);
+#endif
+}
+INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
+INLINE Vec silu(Vec x) { return x * sigmoid(x); }
+
+// log(1 + e^x): max(x, 0) + log1p(e^-|x|). Beyond 20 the second term is under half a unit in the last place of x, which
+// makes it PyTorch's identity there.
+INLINE Vec softplus(Vec x) {
+  const Vec t = exp2(magnitude(x) * -kLog2E);
+  // log1p(t) / t, near-minimax on [0, 1], relative error 5e-9.
+  Vec p = splat(-0.003243980929f);
+  p = p * t + 0.01985126175f;
+  p = p * t - 0.05695915966f;
+  p = p * t + 0.1060362171f;
+  p = p * t - 0.1530556977f;
+  p = p * t + 0.1967593133f;
+  p = p * t - 0.2495413274f;
+  p = p * t + 0.3332996368f;
+  p = p * t - 0.4999990165f;
+  p = p * t + 1.0f;
+  return at_least(x, splat(0.0f)) + p * t;
+}
+
+template <int kStep, int... kLane>
+INLINE Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, ((kLane & kStep) ? kLane - kStep + kLanes : kLane)...);
+}
+template <int kStep, int... kLane>
+INLINE Vec interleave_high(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, ((kLane & kStep) ? kLane + kLanes : kLane + kStep)...);
+}
+
+// Transposes kLanes vectors of kLanes lanes in place, one bit of the indices after the other.
+template <int kStep = 1>
+INLINE void transpose(Vec* rows) {
+  if constexpr (kStep < kLanes) {
+    constexpr std::make_integer_sequence<int, kLanes> lanes{};
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & kStep) continue;
+      const Vec a = rows[i], b = rows[i + kStep];
+      rows[i] = interleave_low<kStep>(a, b, lanes);
+      rows[i + kStep] = interleave_high<kStep>(a, b, lanes);
+    }
+    transpose<kStep * 2>(rows);
+  }
+}
+
+// The sum over the lanes of each of kLanes vectors, as one vector; always added in the same order.
+template <int kStep = 1>
+INLINE Vec sum_lanes(Vec* rows) {
+  if constexpr (kStep < kLanes) {
+    constexpr std::make_integer_sequence<int, kLanes> lanes{};
+    for (int i = 0; i < kLanes; i += 2 * kStep) {
+      const Vec a = rows[i], b = rows[i + kStep];
+      rows[i] = interleave_low<kStep>(a, b, lanes) + interleave_high<kStep>(a, b, lanes);
+    }
+    return sum_lanes<kStep * 2>(rows);
+  }
+  return rows[0];
+}
+
+}  // namespace
+END_KERNELS

@@ -1,0 +1,23 @@
+// How kernels see a tensor: a pointer, an element type, strides in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace mobilemamba {
+
+enum class DType : int8_t { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// A pointer to elements of a type that is known only when the kernel runs.
+struct Elements {
+  void* data = nullptr;  // nullptr: the tensor is absent
+  DType dtype = DType::kFloat32;
+
+  explicit operator bool() const { return data != nullptr; }
+  Elements operator+(int64_t elements) const {
+    return {static_cast<char*>(data) + elements * element_size(dtype), dtype};
+  }
+};
+
+}  // namespace mobilemamba

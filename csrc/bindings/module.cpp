@@ -55,7 +55,8 @@ PyObject* set_cpu_capability(PyObject*, PyObject* argument) {
     if (std::strcmp(PyBytes_AsString(bytes), kNames[i]) == 0) chosen = i;
   Py_DecRef(bytes);
   if (chosen < 0) {
-    PyErr_Format(PyExc_ValueError, "set_cpu_capability: this processor cannot run %R; see cpu_capabilities()", argument);
+    PyErr_Format(PyExc_ValueError, "set_cpu_capability: this processor cannot run %R; see cpu_capabilities()",
+                 argument);
     return nullptr;
   }
   current = static_cast<Capability>(chosen);

@@ -55,8 +55,12 @@ INLINE Vec load(const float* p) {
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // 16-bit floats are only ever stored and loaded, each through its bits.
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 INLINE HalfVec load_bits(const void* p) {
   HalfVec h;

@@ -1,7 +1,8 @@
 // The instruction sets that every kernel is compiled for, and the choice between them.
 //
-// A kernel `void name(const Params&, int64_t begin, int64_t end)` is declared with DECLARE_KERNEL(name, Params), defined
-// between BEGIN_KERNELS and END_KERNELS in csrc/cpu/name_kernel.cpp, and called as KERNEL(name)(params, begin, end).
+// A kernel `void name(const Params&, int64_t begin, int64_t end)` is declared with DECLARE_KERNEL(name, Params),
+// defined between BEGIN_KERNELS and END_KERNELS in csrc/cpu/name_kernel.cpp, and called as
+// KERNEL(name)(params, begin, end).
 #pragma once
 
 #include <cstdint>

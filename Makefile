@@ -1,0 +1,97 @@
+## make demo        train a small network on handwritten digits, show what it predicts and how fast it is
+## make test        every test but the exhaustive cases
+## make test-full   every test
+## make test-torch  one wheel, built against torch $(TORCH), tested on torch VERSION (newest, or for example 2.11.0)
+## make sanitize    operators under AddressSanitizer and UBSan (gcc), FUZZ good and FUZZ bad calls an operator
+## make bench       times of the operators beside plain PyTorch
+## make lint        ruff, mypy, clang-format
+##
+## Each makes the virtual environment that it needs the first time, with PYTHON, and makes it anew when pyproject.toml
+## changes. Remove .env-torch-newest to move on to a torch that came out since.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: help build wheel demo test test-full test-torch sanitize bench lint
+
+PYTHON ?= python3
+TORCH := 2.13.0
+VERSION ?= newest
+FUZZ ?= 2000
+
+help:
+	@sed -n 's/^## \?//p' Makefile | sed 's/$$(TORCH)/$(TORCH)/'
+
+# --- environments ------------------------------------------------------------------------------------------------
+
+# The working copy, installed in place: a change to a Python file needs nothing, one to a C++ file `make build`.
+DEV := .env-dev/bin/python
+.env-dev/stamp: pyproject.toml
+	rm -rf .env-dev
+	$(PYTHON) -m venv .env-dev
+	$(DEV) -m pip install -q torch==$(TORCH) 'setuptools>=77' ninja
+	$(DEV) -m pip install -q --no-build-isolation -e '.[test,demo,lint]'
+	touch $@
+
+build: .env-dev/stamp
+	$(DEV) setup.py -q build_ext --inplace
+
+# setuptools would pack what an earlier build left in build/lib, hence the rm.
+wheel: .env-dev/stamp
+	rm -rf build/lib* build/bdist* build/wheel
+	$(DEV) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+
+CHECK := .env-torch-$(VERSION)
+.env-torch-%/stamp: pyproject.toml | wheel
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q torch$(if $(filter newest,$*),,==$*) "$$(echo build/wheel/*.whl)[test,timm]"
+	touch $@
+
+# --- tests -------------------------------------------------------------------------------------------------------
+
+test: build
+	$(DEV) -m pytest
+
+test-full: build
+	$(DEV) -m pytest --full
+
+# Tests of an installed or separately built package run from a copy of tests/, beside which there is no package. First
+# comes which package and torch they get; without the compiled part its import warns, which is an error here.
+copy-tests = rm -rf $1 && mkdir -p $1 && cp -r tests pyproject.toml $1
+WHICH := -W error::RuntimeWarning -c 'import mobilemamba_kernels as k, torch; \
+	print("torch", torch.__version__, "runs", k.__file__, k.report(), sep="\n")'
+
+test-torch: wheel $(CHECK)/stamp
+	$(CHECK)/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl
+	$(call copy-tests,$(CHECK)/copy)
+	cd $(CHECK)/copy && ../bin/python $(WHICH)
+	cd $(CHECK)/copy && ../bin/python -m pytest
+
+# Preloaded, because python itself is not built with the sanitizers, and libstdc++ with them for their exception hooks.
+# Python and torch keep memory until the process ends, so leaks are not reported. A request for too much memory fails
+# as malloc does, so that torch can raise its error. An error aborts, so that pytest names the test; its report passes by
+# pytest only where that leaves file descriptors alone.
+SANITIZE := $(CURDIR)/build/sanitize
+SANITIZED = LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:abort_on_error=1 PYTHONMALLOC=malloc \
+	PYTHONPATH=$(SANITIZE)/lib MOBILEMAMBA_FUZZ_EXAMPLES=$(FUZZ) $(CURDIR)/$(DEV)
+
+sanitize: .env-dev/stamp
+	rm -rf $(SANITIZE)
+	CXX='$(CXX)' MOBILEMAMBA_SANITIZE=address,undefined $(DEV) setup.py -q build --build-lib $(SANITIZE)/lib
+	$(call copy-tests,$(SANITIZE)/copy)
+	cd $(SANITIZE)/copy && $(SANITIZED) $(WHICH)
+	cd $(SANITIZE)/copy && $(SANITIZED) -m pytest --capture=sys
+
+demo: build
+	.env-dev/bin/mobilemamba demo
+
+bench: build
+	$(DEV) -m pytest benchmarks
+
+lint: .env-dev/stamp
+	.env-dev/bin/ruff check
+	.env-dev/bin/ruff format --check
+	.env-dev/bin/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs .env-dev/bin/clang-format --dry-run -Werror

@@ -49,7 +49,8 @@ class BuildKernels(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
 
-        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        common += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # g++ 12 warns of vector arguments and of its own intrinsics
         common += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT.resolve() / 'csrc'}"]
         link = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"]
         if sys.platform == "darwin":
@@ -82,7 +83,7 @@ class BuildKernels(build_ext):
         lines += [f"build {escape(output)}: link {' '.join(objects)}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), *jobs], check=True)
+        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder), *jobs], check=True)
 
     def run(self):
         self.compiler_command = find_compiler()

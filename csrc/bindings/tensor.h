@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <memory>
+#include <new>
 #include <optional>
 
 #include "include/capability.h"
@@ -36,5 +39,23 @@ inline void check_size(const Tensor& t, int64_t dim, int64_t size) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs kernel(params, begin, end) over [0, count) on PyTorch's threads, each with `scratch` floats of its own.
+// cost: of one item, in elementary operations; decides how many items are worth a thread.
+template <class Params>
+void parallel(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t count, int64_t cost,
+              int64_t scratch) {
+  constexpr int64_t kWorthAThread = 1 << 15;
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    struct Free {
+      void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<float[], Free> memory(static_cast<float*>(::operator new[](scratch * 4, std::align_val_t(64))));
+    Params mine = params;
+    mine.scratch = memory.get();
+    kernel(mine, begin, end);
+  });
+}
 
 }  // namespace mobilemamba

@@ -1,11 +1,13 @@
 """Builds mobilemamba_kernels._C: every file of csrc/cpu once per instruction set, csrc/bindings once, with ninja."""
 
+import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,18 +31,25 @@ def find_compiler():
     if os.environ.get("CXX"):
         compiler = shlex.split(os.environ["CXX"])
         if shutil.which(compiler[0]) is None:
-            sys.exit(f"mobilemamba: CXX names a compiler that cannot be run: {os.environ['CXX']!r}; correct or unset it")
+            sys.exit(f"mobilemamba: CXX={os.environ['CXX']!r} names no program that can be run; correct or unset it")
         return compiler
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [found] if found and os.name == "posix" else None
+
+
+def find_ninja():
+    """Return the command that runs ninja: the Python package, which need not be on the PATH, or the program."""
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    if shutil.which("ninja"):
+        return ["ninja"]
+    sys.exit("mobilemamba: the C++ kernels are compiled with ninja, which is not installed; run `pip install ninja`")
 
 
 class BuildKernels(build_ext):
     """Drives ninja, so that a file is compiled again only when it, a header of it or its flags change."""
 
     def build_extension(self, ext):
-        import sysconfig
-
         from torch.utils.cpp_extension import include_paths, library_paths
 
         sanitizers = os.environ.get("MOBILEMAMBA_SANITIZE", "")
@@ -83,7 +92,7 @@ class BuildKernels(build_ext):
         lines += [f"build {escape(output)}: link {' '.join(objects)}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder), *jobs], check=True)
+        subprocess.run([*find_ninja(), "--quiet", "-C", str(folder), *jobs], check=True)
 
     def run(self):
         self.compiler_command = find_compiler()

@@ -1,4 +1,5 @@
-// What the bindings share: kernels' views of tensors. Shapes were checked in Python; here only what memory safety needs.
+// What the bindings share: kernels' views of tensors. Shapes were checked in Python; here is only what memory safety
+// needs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,8 +23,9 @@ using torch::stable::Tensor;
 inline Elements elements(const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), "mobilemamba: the CPU kernel got a tensor of another device; move it to the CPU");
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "mobilemamba: the kernels take float32, bfloat16 and float16; convert the tensor or use_backend(\"reference\")");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "mobilemamba: the kernels take float32, bfloat16 and float16; convert the tensor or use_backend(\"reference\")");
   return {t.data_ptr(), type == ScalarType::Float      ? DType::kFloat32
                         : type == ScalarType::BFloat16 ? DType::kBFloat16
                                                        : DType::kFloat16};

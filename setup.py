@@ -59,7 +59,7 @@ class BuildKernels(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
 
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        common += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # g++ 12 warns of vector arguments and of its own intrinsics
+        common += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # g++ 12 warns of vector arguments, its own intrinsics
         common += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT.resolve() / 'csrc'}"]
         link = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"]
         if sys.platform == "darwin":
@@ -68,6 +68,8 @@ class BuildKernels(build_ext):
             common += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"]
             link += [f"-fsanitize={sanitizers}"]
         headers = [*include_paths(), sysconfig.get_path("include")]
+        # Error messages name csrc/…, not this machine's folders, and every folder gives the same library.
+        common += [f"-ffile-prefix-map={path}/=" for path in (ROOT.resolve(), *headers)]
         torch_flags = [*STABLE_ABI, *(f"-isystem{path}" for path in headers)]
         if X86:
             torch_flags.append("-DMOBILEMAMBA_X86")

@@ -68,12 +68,18 @@ def define_operator(name: str, schema: str, reference: _Function, fake: _Functio
             return allocated.copy_(computed)
         return tuple(a.copy_(c) for a, c in zip(allocated, computed, strict=True))
 
-    def fake_backward(*args: Any) -> list[Tensor]:
+    def allocate_gradients(*args: Any) -> list[Tensor]:
         inputs = args[outputs:]
         first = next(inputs[i] for i in tensors if inputs[i] is not None)
         return [first.new_empty(0) if inputs[i] is None else torch.empty_like(inputs[i]) for i in tensors]
 
-    def run_vjp(*args: Any) -> list[Tensor]:
+    def as_returned(gradients: list[Tensor]) -> Any:
+        return gradients[0] if len(gradients) == 1 else gradients
+
+    def fake_backward(*args: Any) -> Any:
+        return as_returned(allocate_gradients(*args))
+
+    def run_vjp(*args: Any) -> Any:
         grads, inputs = args[:outputs], args[outputs:]
         present = [i for i in tensors if inputs[i] is not None]
 
@@ -86,10 +92,10 @@ def define_operator(name: str, schema: str, reference: _Function, fake: _Functio
         with torch.enable_grad():
             _, pullback = torch.func.vjp(of_tensors, *(inputs[i] for i in present))
             computed = pullback(grads[0] if outputs == 1 else tuple(grads))
-        allocated = fake_backward(*args)
+        allocated = allocate_gradients(*args)
         for i, value in zip(present, computed, strict=True):
             allocated[tensors.index(i)].copy_(value)
-        return allocated
+        return as_returned(allocated)
 
     LIBRARY.impl(f"{name}_fwd", run_reference, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_bwd", run_vjp, "CompositeExplicitAutograd")
@@ -107,7 +113,8 @@ def define_operator(name: str, schema: str, reference: _Function, fake: _Functio
         for i, value in zip(tensors, ctx.saved_tensors, strict=True):
             inputs[i] = value
         result: list[Tensor | None] = [None] * len(inputs)
-        for i, grad in zip(tensors, backward(*grads, *inputs), strict=True):
+        computed = backward(*grads, *inputs)
+        for i, grad in zip(tensors, (computed,) if len(tensors) == 1 else computed, strict=True):
             result[i] = None if inputs[i] is None else grad
         return tuple(result)
 

@@ -75,7 +75,11 @@ def _reference(x: Tensor, weight: Tensor, scale: Tensor | None, base: Tensor | N
     height, width = x.shape[2:]
     bands = haar_dwt2d._reference(x.to(dtype))
     flat = bands.flatten(1, 2)  # (batch, 4C, h, w)
-    flat = F.conv2d(flat, weight.to(dtype), padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    weight = weight.to(dtype)
+    if flat.numel():
+        flat = F.conv2d(flat, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    else:  # conv2d refuses a map without positions
+        flat = flat * weight.sum()
     if scale is not None:
         flat = flat * scale.to(dtype).view(-1, 1, 1)
     y = haar_idwt2d._reference(flat.view_as(bands), height, width)

@@ -1,0 +1,6 @@
+#pragma once
+
+#include "include/capability.h"
+#include "include/haar.h"
+
+DECLARE_KERNEL(haar_dwt2d, HaarParams)

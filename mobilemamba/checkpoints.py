@@ -60,13 +60,13 @@ def model_from_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) ->
         options = Options(**about["options"])
         if sum(options.depths) > len(state):
             raise ValueError(f"it has fewer weights than its {sum(options.depths)} blocks")
-        arguments = {name: about[name] for name in ("num_classes", "in_chans", "distillation", "variant")}
-        # Without memory at first, so that a file cannot ask for more than it holds.
+        arguments = {name: about[name] for name in ("num_classes", "in_chans", "distillation")}
+        # Without memory until the weights are known to fit, so that a file cannot ask for more than it holds.
         with torch.device("meta"):
-            model = MobileMamba(options, image_size=int(about["input_size"][-1]), **arguments)
-        _check(model, path, state)
-    except (KeyError, TypeError, IndexError, OverflowError, RuntimeError) as error:
+            model = MobileMamba(options, **arguments, variant=str(about["variant"]))
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} describes no MobileMamba network: {error}") from error
+    _check(model, path, state)
     model = model.to_empty(device="cpu")
     _apply(model, path, state, about, adapt_head=False)
     return model.eval()

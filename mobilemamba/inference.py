@@ -39,16 +39,17 @@ def fuse(model: MobileMamba) -> MobileMamba:
     Args:
         model: any :class:`MobileMamba`; it stays as it is.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    if model.head_dist is not None and not model.fused:
-        head, head_dist = _fused(model.head), _fused(model.head_dist)
-        if isinstance(head, nn.Linear) and isinstance(head_dist, nn.Linear):
-            head.weight.copy_((head.weight + head_dist.weight) / 2)
-            head.bias.copy_((head.bias + head_dist.bias) / 2)
-        model.head, model.head_dist = head, None
+    model = copy.deepcopy(model)
+    if model.fused:
+        return model
+    model.eval().requires_grad_(False)
     _fused(model)
+    if isinstance(model.head, nn.Linear) and isinstance(model.head_dist, nn.Linear):
+        for mean, other in zip(model.head.parameters(), model.head_dist.parameters(), strict=True):
+            mean.copy_((mean + other) / 2)
+    model.head_dist = None
     model.fused = True
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 class Depthwise(nn.Module):

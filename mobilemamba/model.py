@@ -1,7 +1,6 @@
 """MobileMamba: Lightweight Multi-Receptive Visual Mamba Network (arXiv 2411.15941), with timm's interface."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -83,7 +82,6 @@ class MobileMamba(nn.Module):
         self.default_cfg: dict[str, Any] = {
             "architecture": variant,
             "input_size": (in_chans, image_size, image_size),
-            "pool_size": (math.ceil(image_size / 64),) * 2,
             "crop_pct": 0.875,
             "interpolation": "bicubic",
             "mean": mean,
@@ -260,11 +258,11 @@ def _checkpoint_contexts(
 @contextlib.contextmanager
 def _frozen_statistics(layer: nn.Module) -> Iterator[None]:
     """Keep a recomputed forward pass from counting its batch twice in the running statistics."""
-    norms = [m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats = False
+    kept = [(m, dict(m._buffers)) for m in layer.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm, buffers in kept:
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in kept:
+            norm._buffers.update(buffers)

@@ -83,7 +83,7 @@ def save_checkpoint(model: MobileMamba, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the network is fused.
+        ValueError: the network is fused, or ``default_cfg`` does not fit it.
     """
     if model.fused:
         raise ValueError("a fused network is not saved: save the network it was made from, and fuse that after loading")
@@ -96,6 +96,7 @@ def save_checkpoint(model: MobileMamba, path: str | os.PathLike[str]) -> None:
         **{name: model.default_cfg.get(name) for name in _PREPARATION},
     }
     about = json.loads(json.dumps(about))  # plain lists and numbers in both formats
+    _preparation(model, path, about)  # what could not be loaded is not written
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import save
@@ -232,7 +233,9 @@ def _preparation(model: MobileMamba, path: str | os.PathLike[str], about: dict[s
     }
     for name, value in given.items():
         if not right[name](value):
-            raise ValueError(f"{path} gives {name} as {value!r}, which does not fit the model")
+            raise ValueError(
+                f"{path} gives {name} as {value!r}, which does not fit the model: correct default_cfg before saving"
+            )
     return {name: tuple(v) if isinstance(v, list) and name != "label_names" else v for name, v in given.items()}
 
 

@@ -77,20 +77,7 @@ class MobileMamba(nn.Module):
             {"num_chs": width, "reduction": 16 << stage, "module": f"blocks{stage + 1}"}
             for stage, width in enumerate(options.widths)
         ]
-        # Other numbers of channels have no statistics of their own: take the mean over the colours.
-        mean, std = (v if in_chans == 3 else (round(sum(v) / 3, 3),) * in_chans for v in (IMAGENET_MEAN, IMAGENET_STD))
-        self.default_cfg: dict[str, Any] = {
-            "architecture": variant,
-            "input_size": (in_chans, image_size, image_size),
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": mean,
-            "std": std,
-            "num_classes": num_classes,
-            "label_names": None,
-            "first_conv": "patch_embed.0.c",
-            "classifier": ("head.l", "head_dist.l") if distillation else "head.l",
-        }
+        self.default_cfg = default_config(variant, image_size, num_classes, in_chans, distillation)
         self.pretrained_cfg = self.default_cfg
 
     def _build_heads(self) -> None:
@@ -216,6 +203,26 @@ class MobileMamba(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the paper's recipe does not decay: one-dimensional ones and biases."""
         return {name for name, p in self.named_parameters() if p.ndim <= 1 or name.endswith(".bias")}
+
+
+def default_config(
+    variant: str, image_size: int, num_classes: int = 1000, in_chans: int = 3, distillation: bool = False
+) -> dict[str, Any]:
+    """What timm's tools want to know of a network, with the paper's preparation of images."""
+    # Other numbers of channels have no statistics of their own: take the mean over the colours.
+    mean, std = (v if in_chans == 3 else (round(sum(v) / 3, 3),) * in_chans for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return {
+        "architecture": variant,
+        "input_size": (in_chans, image_size, image_size),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": mean,
+        "std": std,
+        "num_classes": num_classes,
+        "label_names": None,
+        "first_conv": "patch_embed.0.c",
+        "classifier": ("head.l", "head_dist.l") if distillation else "head.l",
+    }
 
 
 def _blocks(options: Options, stage: int, rates: Iterator[float]) -> Iterator[Block]:

@@ -15,9 +15,13 @@ from types import ModuleType
 from typing import Any
 
 from mobilemamba.factory import create_model
+from mobilemamba.model import default_config
 from mobilemamba.variants import VARIANTS
 
 _TIMM = "timm.models"
+
+# timm looks the configurations up under this name.
+default_cfgs = {name: default_config(name, variant.image_size) for name, variant in VARIANTS.items()}
 
 
 def register_with_timm() -> None:

@@ -200,7 +200,7 @@ def test_dtypes(kind):
 def test_compile_without_graph_breaks(fused, directions):
     model = filled(create_small(scan_directions=directions))
     network = mobilemamba.fuse(model) if fused else model
-    images = torch.randn(2, 3, 64, 48)
+    images = torch.randn(2, 3, 32, 48)
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -212,8 +212,8 @@ def test_export_with_dynamic_batch(fused):
     model = filled(create_small())
     network = mobilemamba.fuse(model) if fused else model
     batch = torch.export.Dim("batch")
-    exported = torch.export.export(network, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},))
-    images = torch.randn(5, 3, 64, 64)
+    exported = torch.export.export(network, (torch.randn(2, 3, 32, 48),), dynamic_shapes=({0: batch},))
+    images = torch.randn(5, 3, 32, 48)
     with torch.no_grad():
         assert relative_error(exported.module()(images), network(images)) < 1e-5
 

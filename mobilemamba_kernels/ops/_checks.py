@@ -34,12 +34,15 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def check_dims(op: str, name: str, tensor: Tensor, dims: str) -> None:
+def check_dims(op: str, name: str, tensor: Tensor | None, dims: str) -> None:
     """Check the rank of ``tensor`` against ``dims``, a comma-separated list of the names of its dimensions.
 
     Raises:
+        TypeError: None, where a tensor is required.
         ValueError: another rank.
     """
+    if tensor is None:
+        raise TypeError(f"{op}: {name} must be a tensor; got NoneType")
     if tensor.ndim != dims.count(",") + 1:
         raise ValueError(f"{op}: {name} must have shape ({dims}); got {tuple(tensor.shape)}")
 

@@ -72,7 +72,10 @@ def _reference(
 ) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
     bias = None if bias is None else bias.to(dtype)
-    y = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, groups=x.shape[1])
+    if x.shape[1]:
+        y = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, groups=x.shape[1])
+    else:  # conv2d refuses a map without channels
+        y = _fake(x, weight, bias, stride, padding, activation, residual).to(dtype) + x.sum() * weight.sum()
     y = activate(y, activation)
     if residual is not None:
         y = y + residual.to(dtype)

@@ -1,0 +1,384 @@
+"""What every operator must do, on every case of the table."""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mobilemamba_kernels
+from mobilemamba_kernels import use_backend
+from mobilemamba_kernels.testing import (
+    CASES,
+    LAYOUTS,
+    Case,
+    assert_close,
+    cases,
+    mamba_ssm_tolerance,
+    map_tensors,
+    tensors,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPS = list(dict.fromkeys(case.op for case in CASES))
+SMALL = cases(benchmark=False)
+# One with every argument, odd sizes and more than one image, for what is about the operator and not about the shape.
+TYPICAL = [
+    next(c for c in cases(op) if max(len(tensors(d.make())) for d in cases(op)) == len(tensors(c.make())))
+    if op != "wavelet_depthwise_conv2d"
+    else next(c for c in cases(op) if c.name == "1x37x14x13-k7-sb")
+    for op in OPS
+]
+
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+small_cases = pytest.mark.parametrize("case", SMALL, ids=str)
+typical_cases = pytest.mark.parametrize("case", TYPICAL, ids=lambda c: c.op)
+
+
+def differentiate(case: Case, arguments: dict) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Results, and the gradient of every tensor argument for a fixed random gradient of the results."""
+    inputs = tensors(arguments)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    results = case.run(arguments)
+    generator = torch.Generator().manual_seed(1)
+    # Rounded as float16 does, so that each dtype gets (nearly) the same.
+    grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).half().to(r.dtype) for r in results]
+    # The last state of an empty sequence is a constant.
+    used = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+    found = torch.autograd.grad(
+        [r for r, _ in used], list(inputs.values()), [g for _, g in used], allow_unused=True, materialize_grads=True
+    )
+    return tuple(r.detach() for r in results), dict(zip(inputs, found, strict=True))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For PyTorch's float64 convolutions, which start all threads once a group and wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def reference(case: Case, arguments: dict, exact: bool = False) -> tuple[Tensor, ...]:
+    """Results of the plain operator, in float64 if ``exact``."""
+    with use_backend("reference"), one_thread():
+        return case.run(map_tensors(Tensor.double, arguments) if exact else arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def truth(case: Case, dtype: torch.dtype):
+    """Results and gradients of the reference: in float64, and in ``dtype``."""
+    arguments = case.make(dtype)
+    with use_backend("reference"), one_thread():
+        plain = differentiate(case, map_tensors(Tensor.clone, arguments))
+        exact = differentiate(case, map_tensors(Tensor.double, arguments))
+    return exact, plain
+
+
+def check_against_truth(case: Case, dtype: torch.dtype, layout: str) -> None:
+    (exact, exact_grads), (plain, plain_grads) = truth(case, dtype)
+    results, grads = differentiate(case, case.make(dtype, layout))
+    for i, result in enumerate(results):
+        assert_close(result, exact[i], plain[i], f"result {i}")
+    for name, grad in grads.items():
+        assert_close(grad, exact_grads[name], plain_grads[name], f"gradient of {name}")
+
+
+@small_cases
+@all_dtypes
+@all_layouts
+def test_forward_and_gradients(case, dtype, layout, instruction_set):
+    check_against_truth(case, dtype, layout)
+
+
+@pytest.mark.parametrize("case", cases(benchmark=True), ids=str)
+def test_benchmark_shapes(case):
+    check_against_truth(case, torch.float32, "channels_last")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", cases(benchmark=True), ids=str)
+@all_dtypes
+@all_layouts
+def test_benchmark_shapes_everywhere(case, dtype, layout, instruction_set):
+    check_against_truth(case, dtype, layout)
+
+
+@pytest.mark.parametrize("case", [c for c in cases("wavelet_depthwise_conv2d") if "levels" not in c.name], ids=str)
+def test_peer_computes_the_same(case):
+    arguments = map_tensors(Tensor.double, case.make())
+    if 0 in arguments["x"].shape:
+        pytest.skip("PyTorch's convolutions refuse empty maps")
+    torch.testing.assert_close(case.peer(arguments), case.run(arguments))
+
+
+@typical_cases
+def test_parameters_in_sixteen_bits(case):
+    """Parameters may have the dtype of the activations."""
+    arguments = map_tensors(Tensor.bfloat16, case.make())
+    plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
+    for i, result in enumerate(case.run(arguments)):
+        assert_close(result, exact[i], plain[i])
+
+
+def positional(case: Case, arguments: dict) -> tuple:
+    """The arguments of the operator below the public function."""
+    public = getattr(mobilemamba_kernels, case.op)
+    given = {name: p.default for name, p in inspect.signature(public).parameters.items()} | arguments
+    if case.op == "depthwise_conv2d_act" and given["padding"] is None:
+        given["padding"] = given["weight"].shape[-1] // 2
+    if case.op == "wavelet_depthwise_conv2d" and given["scale"] is not None:
+        given["scale"] = given["scale"].flatten()
+    if case.op == "haar_idwt2d":
+        given["height"], given["width"] = given["size"]
+    return tuple(given[a.name] for a in operator(case, "fwd")._schema.arguments)
+
+
+def operator(case: Case, suffix: str):
+    return getattr(getattr(torch.ops.mobilemamba, f"{case.operator}_{suffix}"), "default")  # noqa: B009
+
+
+def has_kernel(case: Case, suffix: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator(case, suffix).name(), "CPU")
+
+
+def run_opcheck(case: Case, dtype: torch.dtype, layout: str) -> None:
+    arguments = positional(case, case.make(dtype, layout))
+    results = operator(case, "fwd")(*arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    grads = tuple(torch.ones_like(r) for r in results)
+    checks = ["test_autograd_registration"]
+    if has_kernel(case, "bwd"):  # the vector-Jacobian product of a reference cannot run under the modes of the others
+        checks += ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(operator(case, "bwd"), (*grads, *arguments), test_utils=checks)
+    differentiable = tuple(a.requires_grad_() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(operator(case, "fwd"), differentiable)
+
+
+@typical_cases
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_opcheck(case, layout):
+    run_opcheck(case, torch.float32, layout)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [c for c in SMALL if "levels" not in c.name], ids=str)
+@all_dtypes
+@all_layouts
+def test_opcheck_everywhere(case, dtype, layout):
+    run_opcheck(case, dtype, layout)
+
+
+@small_cases
+def test_reference_is_differentiable_twice(case):
+    if max((t.numel() for t in tensors(case.make()).values()), default=0) > 2000:
+        pytest.skip("too large for finite differences; a smaller case has every argument")
+    arguments = case.make(torch.float64)
+    names = [name for name, value in arguments.items() if isinstance(value, (Tensor, list))]
+    leaves = tensors({name: arguments[name] for name in names})
+
+    def run(*values: Tensor):
+        given = dict(zip(leaves, values, strict=True))
+        rebuilt = {
+            name: [given[f"{name}.{i}"] for i in range(len(arguments[name]))]
+            if isinstance(arguments[name], list)
+            else given[name]
+            for name in names
+        }
+        return tuple(r for r in case.run(arguments | rebuilt) if r.requires_grad)
+
+    inputs = tuple(tensor.requires_grad_() for tensor in leaves.values())
+    # An empty result has no direction to differentiate in.
+    if all(r.numel() for r in run(*inputs)):
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@typical_cases
+def test_second_derivative_of_a_kernel_is_refused(case):
+    arguments = [a.requires_grad_() if isinstance(a, Tensor) else a for a in positional(case, case.make())]
+    result = operator(case, "fwd")(*arguments)
+    result = result[0] if isinstance(result, tuple) else result
+    (first,) = torch.autograd.grad((result**2).sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r'no second derivative.*use_backend\("reference"\)'):
+        torch.autograd.grad(first.sum(), arguments[0])
+
+
+@small_cases
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_non_finite_values_propagate(case, layout, instruction_set, request):
+    if case.op == "selective_scan_fn" and "D" not in case.arguments and has_kernel(case, "fwd"):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the kernel skips with 0 · u, NaN for an infinite u"))
+    for name, argument in case.arguments.items():
+        if not getattr(argument, "positions", 0) or 0 in argument.shape:
+            continue  # a parameter: whether a zero of the padding meets it is the implementation's choice
+        for value in (math.nan, math.inf, -math.inf):
+            arguments = case.make(torch.float32, layout)
+            arguments[name].select(0, 0).select(-1, argument.shape[-1] // 2).fill_(value)
+            plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
+            for i, result in enumerate(case.run(arguments)):
+                assert_close(result, exact[i], plain[i], f"result {i} with {value} in {name}")
+
+
+@pytest.mark.parametrize("case", [c for c in TYPICAL if c.op.endswith(("scan", "scan_fn"))], ids=lambda c: c.op)
+def test_softplus_is_the_identity_above_20(case, instruction_set):
+    arguments = case.make()
+    arguments["delta_bias"] = torch.linspace(15, 25, arguments["delta_bias"].numel()).view_as(arguments["delta_bias"])
+    plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
+    for i, result in enumerate(case.run(arguments)):
+        assert_close(result, exact[i], plain[i])
+
+
+@typical_cases
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_same_bits_at_any_number_of_threads(case, layout, restore_threads):
+    if case.op in ("pointwise_conv2d_act", "feed_forward"):
+        pytest.skip("matrix products are the vendor library's")
+    gradients = case.op != "depthwise_conv2d_act"  # its gradients are PyTorch's
+    found = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        results, grads = differentiate(case, case.make(layout=layout))
+        found.append([*results, *(grads.values() if gradients else ())])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@small_cases
+def test_every_element_is_written(case, instruction_set):
+    """With memory that PyTorch fills with NaN before use."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        results, grads = differentiate(case, case.make())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in (*results, *grads.values()))
+
+
+@small_cases
+def test_arguments_are_left_alone(case):
+    arguments = case.make(layout="channels_last")
+    before = map_tensors(Tensor.clone, arguments)
+    differentiate(case, arguments)
+    for name, tensor in tensors(before).items():
+        assert torch.equal(tensors(arguments)[name], tensor)
+
+
+class AsModule(torch.nn.Module):
+    """A case as a module of a dictionary of arguments, for export."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.run = functools.partial(getattr(mobilemamba_kernels, case.op), **case.options)
+
+    def forward(self, arguments):
+        return self.run(**arguments)
+
+
+def compare_compiled(case: Case, backend: str) -> None:
+    torch.compiler.reset()
+    function = functools.partial(getattr(mobilemamba_kernels, case.op), **case.options)
+    arguments = {k: v for k, v in case.make().items() if k not in case.options}
+    inputs = list(tensors(arguments).values())
+    for tensor in inputs:
+        tensor.requires_grad_()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    results = []
+    for run in (function, compiled):
+        found = run(**arguments)
+        found = found if isinstance(found, tuple) else (found,)
+        results.append([*found, *torch.autograd.grad([f.square().sum() for f in found], inputs)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@typical_cases
+def test_compiles_without_a_graph_break(case):
+    compare_compiled(case, "aot_eager")
+
+
+@pytest.mark.parametrize("op", ["bidirectional_selective_scan", "wavelet_depthwise_conv2d"])
+def test_compiles_with_inductor(op):
+    compare_compiled(cases(op, benchmark=False)[1], "inductor")
+
+
+@typical_cases
+def test_exports_with_a_dynamic_batch(case):
+    arguments = {k: v for k, v in case.make().items() if k not in case.options}
+    batch = torch.export.Dim("batch", min=1, max=64)
+    dynamic = {
+        name: {0: batch} if case.arguments[name].positions else None  # type: ignore[union-attr]
+        for name in arguments
+    }
+    larger = {
+        name: torch.cat([t, t, t.flip(0)]) if dynamic[name] else t  # type: ignore[index]
+        for name, t in arguments.items()
+    }
+    example = {name: torch.cat([t, t]) if dynamic[name] else t for name, t in arguments.items()}
+    program = torch.export.export(AsModule(case), (example,), dynamic_shapes=(dynamic,))
+    found = program.module()(larger)
+    expected = case.run(larger | dict(case.options))
+    torch.testing.assert_close(found if isinstance(found, tuple) else (found,), expected, rtol=1e-4, atol=1e-4)
+
+
+@typical_cases
+def test_autocast(case):
+    """Convolutions run in autocast's dtype, as PyTorch's do; a scan, whose recurrence is float32, follows its input."""
+    arguments = case.make()
+    with torch.autocast("cpu", torch.bfloat16):
+        results = case.run(arguments)
+    scan_or_transform = case.op.endswith(("selective_scan", "selective_scan_fn")) or "haar" in case.op
+    assert results[0].dtype == (torch.float32 if scan_or_transform else torch.bfloat16)
+    torch.testing.assert_close(results[0].float(), case.run(arguments)[0], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [8, 128, 372])
+@pytest.mark.parametrize("groups", [None, 1, 2])
+@pytest.mark.parametrize("has", ["", "Dzb"])
+def test_mamba_ssm_tolerances(dtype, length, groups, has, instruction_set):
+    """The check of mamba-ssm's tests/ops/test_selective_scan.py: its distributions, its tolerances."""
+    generator = torch.Generator().manual_seed(0)
+    batch, dim, state = 2, 4, 8
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    variable = (batch, state, length) if groups is None else (batch, groups, state, length)
+    arguments = {
+        "u": normal(batch, dim, length),
+        "delta": (0.5 * torch.rand(batch, dim, length, generator=generator)).to(dtype),
+        "A": -0.5 * torch.rand(dim, state, generator=generator),
+        "B": normal(*variable),
+        "C": normal(*variable),
+        "D": normal(dim, dtype=torch.float32) if "D" in has else None,
+        "z": normal(batch, dim, length) if "z" in has else None,
+        "delta_bias": 0.5 * torch.rand(dim, generator=generator) if "b" in has else None,
+    }
+    given = {name: tensor for name, tensor in arguments.items() if tensor is not None}
+    for tensor in given.values():
+        tensor.requires_grad_()
+    found = []
+    for function in (mobilemamba_kernels.selective_scan_fn, mobilemamba_kernels.selective_scan_ref):
+        result, state_ = function(**given, delta_softplus=True, return_last_state=True)
+        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found.append((result, state_, torch.autograd.grad(result, list(given.values()), grad)))
+    (result, state_, grads), (plain, plain_state, plain_grads) = found
+    torch.testing.assert_close(result, plain, **mamba_ssm_tolerance(dtype))
+    torch.testing.assert_close(state_, plain_state, **mamba_ssm_tolerance(dtype))
+    for name, grad, plain_grad in zip(given, grads, plain_grads, strict=True):
+        torch.testing.assert_close(grad, plain_grad, **mamba_ssm_tolerance(dtype, name))
+
+
+def test_selective_scan_ref_is_the_reference():
+    case = cases("selective_scan_fn")[1]
+    arguments = case.make()
+    assert all(map(torch.equal, mobilemamba_kernels.selective_scan_ref(**arguments), reference(case, arguments)))

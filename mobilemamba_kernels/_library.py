@@ -36,7 +36,9 @@ def has_kernel(name: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"mobilemamba::{name}_fwd", device_type.upper())
 
 
-def define_operator(name: str, schema: str, reference: _Function, fake: _Function) -> _Function:
+def define_operator(
+    name: str, schema: str, reference: _Function, fake: _Function, cpu_backward: _Function | None = None
+) -> _Function:
     """Declare ``mobilemamba::<name>_fwd`` and its gradient ``mobilemamba::<name>_bwd``.
 
     ``<name>_bwd(*grad_outputs, *inputs)`` returns a gradient for every tensor input, an empty tensor for an
@@ -48,6 +50,8 @@ def define_operator(name: str, schema: str, reference: _Function, fake: _Functio
         schema: the arguments and results of the forward, in the syntax of ``torch.library``.
         reference: plain differentiable PyTorch with the arguments of ``schema``.
         fake: allocates the outputs (shape, dtype, strides) from the arguments of ``schema``.
+        cpu_backward: a gradient on CPUs, with the arguments and results of ``<name>_bwd``, for an operator without
+            a backward kernel of its own that composes it from other operators' kernels.
 
     Returns:
         The forward operator, differentiable once.
@@ -92,13 +96,22 @@ def define_operator(name: str, schema: str, reference: _Function, fake: _Functio
         with torch.enable_grad():
             _, pullback = torch.func.vjp(of_tensors, *(inputs[i] for i in present))
             computed = pullback(grads[0] if outputs == 1 else tuple(grads))
-        allocated = allocate_gradients(*args)
+        full: list[Tensor | None] = [None] * len(inputs)
         for i, value in zip(present, computed, strict=True):
-            allocated[tensors.index(i)].copy_(value)
+            full[i] = value
+        return conform([full[i] for i in tensors], *args)
+
+    def conform(gradients: Sequence[Tensor | None], *args: Any) -> Any:
+        allocated = allocate_gradients(*args)
+        for target, gradient in zip(allocated, gradients, strict=True):
+            if gradient is not None:
+                target.copy_(gradient)
         return as_returned(allocated)
 
     LIBRARY.impl(f"{name}_fwd", run_reference, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_bwd", run_vjp, "CompositeExplicitAutograd")
+    if cpu_backward is not None and COMPILED_ERROR is None:
+        LIBRARY.impl(f"{name}_bwd", lambda *args: conform(cpu_backward(*args), *args), "CPU")
     torch.library.register_fake(f"{qualified}_fwd", fake, lib=LIBRARY)
     torch.library.register_fake(f"{qualified}_bwd", fake_backward, lib=LIBRARY)
     forward = getattr(torch.ops.mobilemamba, f"{name}_fwd").default

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
 void run_scan(SelectiveScanParams& p) {
   const int64_t lanes = vector_lanes();
   parallel(KERNEL(selective_scan_fwd), p, p.batch * p.groups * scan_blocks(p, lanes),
-           p.length * lanes * p.state * p.directions * kOperations / lanes, scan_fwd_scratch(p, lanes));
+           p.length * lanes * p.state * p.directions * kOperations / lanes, scan_fwd_scratch(p.length, p.state, lanes));
 }
 
 ScanSums run_scan_backward(SelectiveScanParams& p, const Tensor& like) {

@@ -1,26 +1,96 @@
-// The recurrence on a tile: lanes are channels, positions run one after the other, the state stays in a register.
+// The selective scan over tiles: lanes are channels, positions run one after the other, a state stays in a register.
+//
+// Where u, Δ, B, C, A and D come from is a Source's business:
+//   int64_t length, state, directions; bool shared_u;
+//   void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count);  // u = nullptr: it is kept for k = 1 if shared
+//   Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count), C(the same);
+//   Vec A(int64_t k, int64_t n), D(int64_t k);
 #pragma once
 
 #include "cpu/tile.h"
+#include "include/scan_scratch.h"
 
 BEGIN_KERNELS
 namespace {
 
-// One state of kLanes channels through `count` positions, upwards or (reverse) downwards:
-//   h = 2^(dt A) h + dt u B,   y += C h
-// dt, u, y: tiles. a: A · log2(e). b, c: a value a position, or nullptr for the fixed values of the lanes.
+// B or C of one state: a row with a value a position, or (row == nullptr) a fixed value a lane.
+struct Coefficient {
+  const float* row;
+  Vec fixed;
+  INLINE_MEMBER Vec operator[](int64_t l) const { return row ? splat(row[l]) : fixed; }
+};
+
+// One state through `count` positions, upwards or (reverse) downwards: h = 2^(dt a) h + dt u B, y += C h, with a = A log2 e.
 // About 20 vector operations a position, 12 of them the exponential; the chain through h is one fused multiply-add.
 template <bool kOutput>
-INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, const float* b, Vec fixed_b, const float* c,
-                     Vec fixed_c, Vec h, bool reverse, int64_t count) {
+INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, Coefficient b, Coefficient c, Vec h, bool reverse,
+                     int64_t count) {
   const int64_t step = reverse ? -1 : 1;
   for (int64_t i = 0, l = reverse ? count - 1 : 0; i < count; ++i, l += step) {
     const Vec delta = load(dt + l * kLanes);
-    const Vec drive = delta * load(u + l * kLanes) * (b ? splat(b[l]) : fixed_b);
-    h = exp2(delta * a) * h + drive;
-    if (kOutput) store(y + l * kLanes, load(y + l * kLanes) + (c ? splat(c[l]) : fixed_c) * h);
+    h = exp2(delta * a) * h + delta * load(u + l * kLanes) * b[l];
+    if (kOutput) store(y + l * kLanes, load(y + l * kLanes) + c[l] * h);
   }
   return h;
+}
+
+// Every state of direction k over a chunk whose u and dt are in tiles; h: kLanes values a state, updated.
+template <bool kOutput, class Source>
+static void scan_chunk(float* y, const float* dt, const float* u, float* h, float* rows, const Source& source, int64_t k,
+                       int64_t start, int64_t count) {
+  for (int64_t n = 0; n < source.state; ++n) {
+    const Coefficient b = source.B(rows, k, n, start, count);
+    const Coefficient c = kOutput ? source.C(rows + kScanChunk, k, n, start, count) : Coefficient{};
+    const Vec a = source.A(k, n) * kLog2E;
+    store(h + n * kLanes, scan_tile<kOutput>(y, dt, u, a, b, c, load(h + n * kLanes), k == 1, count));
+  }
+}
+
+// Writes the states that enter every chunk of direction k: `state` times kLanes values a chunk.
+template <class Source>
+static void entering_states(float* states, float* dt, float* u, float* rows, const Source& source, int64_t k, int64_t chunk) {
+  const int64_t chunks = (source.length + chunk - 1) / chunk, size = source.state * kLanes;
+  const int64_t first = k == 1 ? chunks - 1 : 0, step = k == 1 ? -1 : 1;
+  std::memset(states + first * size, 0, size * sizeof(float));
+  for (int64_t i = 0, c = first; i + 1 < chunks; ++i, c += step) {
+    const int64_t start = c * chunk, count = source.length - start < chunk ? source.length - start : chunk;
+    float* next = states + (c + step) * size;
+    std::memcpy(next, states + c * size, size * sizeof(float));
+    source.inputs(u, dt, k, start, count);
+    scan_chunk<false>(nullptr, dt, u, next, rows, source, k, start, count);
+  }
+}
+
+// One thread's tiles for scan_forward: scan_fwd_scratch floats.
+struct ScanScratch {
+  float *u, *dt, *y, *rows, *up, *down;
+  explicit ScanScratch(float* s)
+      : u(s), dt(u + kScanChunk * kLanes), y(dt + kScanChunk * kLanes), rows(y + kScanChunk * kLanes),
+        up(rows + 2 * kScanChunk), down(up + kMaxState * kLanes) {}
+};
+
+// Scans all directions chunk by chunk and hands each chunk's sum to output(y, start, count). The second direction's states
+// at the chunks' ends are found first, by a pass of their own that a sequence of one chunk does not need.
+// On return scratch.up holds the last states of direction 0.
+template <class Source, class Output>
+static void scan_forward(const Source& source, const ScanScratch& s, Output output) {
+  const int64_t size = source.state * kLanes;
+  std::memset(s.up, 0, size * sizeof(float));
+  if (source.directions == 2) entering_states(s.down, s.dt, s.u, s.rows, source, 1, kScanChunk);
+  for (int64_t start = 0; start < source.length; start += kScanChunk) {
+    const int64_t count = source.length - start < kScanChunk ? source.length - start : kScanChunk;
+    for (int64_t k = 0; k < source.directions; ++k) {
+      source.inputs(k == 1 && source.shared_u ? nullptr : s.u, s.dt, k, start, count);
+      const Vec d = source.D(k);
+      for (int64_t l = 0; l < count; ++l) {
+        const Vec skip = d * load(s.u + l * kLanes);
+        store(s.y + l * kLanes, k == 0 ? skip : load(s.y + l * kLanes) + skip);
+      }
+      float* h = k == 0 ? s.up : s.down + start / kScanChunk * size;
+      scan_chunk<true>(s.y, s.dt, s.u, h, s.rows, source, k, start, count);
+    }
+    output(s.y, start, count);
+  }
 }
 
 }  // namespace

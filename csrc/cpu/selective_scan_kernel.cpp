@@ -1,7 +1,6 @@
 // One item is kLanes channels of one image (forward), or the channels of one slice (backward): lanes are channels, so a
 // sequential scan keeps every lane busy and needs no communication. Both directions of an item run over the same tiles
-// in cache; u, delta and z are read once and the result is written once (for more than a chunk of positions, the second
-// direction's states at the chunks' ends are found by a pass of their own).
+// in cache; u, delta and z are read once and the result is written once.
 //
 // Backward, with g the gradient of the state h:
 //   g_l = C_l dy_l + a_{l+1} g_{l+1},  dB = Σ g dt u,  dC = Σ dy h,  du = g dt B + D dy,
@@ -15,15 +14,9 @@
 BEGIN_KERNELS
 namespace {
 
-constexpr int64_t kStateLanes = kMaxState * kLanes;
-
 struct Block {
   int64_t batch, group, channel, channels;  // the first channel and how many, at most kLanes
 };
-
-INLINE Vec lanes(const ScanTensor& t, int64_t k, const Block& x, int64_t n) {
-  return t ? load_lanes(t.at(0, k, x.channel, n, 0), t.channel, x.channels) : Vec{};
-}
 
 static void read(float* tile, const ScanTensor& t, const Block& x, int64_t k, int64_t start, int64_t count) {
   load_tile(tile, t.at(x.batch, k, x.channel, 0, start), t.channel, t.position, x.channels, count);
@@ -33,90 +26,54 @@ static void write(const float* tile, const ScanTensor& t, const Block& x, int64_
   store_tile(tile, t.at(x.batch, k, x.channel, 0, start), t.channel, t.position, x.channels, count);
 }
 
-// B or C of one state: a row over positions where it varies, else a value a lane.
-struct Coefficient {
-  const float* row;
-  Vec fixed;
-};
-static Coefficient coefficient(float* row, const ScanTensor& t, bool varies, int64_t group, const Block& x, int64_t k,
-                               int64_t n, int64_t start, int64_t count) {
-  if (!varies) return {nullptr, lanes(t, 0, x, n)};
-  load_row(row, t.at(x.batch, k, x.group / group, n, start), t.position, count);
-  return {row, Vec{}};
-}
+// The Source of scan.h: every input is a tensor.
+struct TensorSource {
+  const SelectiveScanParams& p;
+  const Block x;
+  const int64_t length = p.length, state = p.state, directions = p.directions;
+  const bool shared_u = p.u.direction == 0;
 
-// dt = delta + bias, through the softplus. Beyond 20 PyTorch's is the identity, and so is this one to the last bit.
-INLINE Vec step_size(const SelectiveScanParams& p, Vec delta, Vec bias) {
-  return p.softplus ? softplus(delta + bias) : delta + bias;
-}
-static void read_steps(float* dt, const SelectiveScanParams& p, const Block& x, int64_t k, int64_t start, int64_t count) {
-  read(dt, p.delta, x, k, start, count);
-  const Vec bias = lanes(p.delta_bias, k, x, 0);
-  for (int64_t l = 0; l < count; ++l) store(dt + l * kLanes, step_size(p, load(dt + l * kLanes), bias));
-}
-
-// Runs every state of direction k over a chunk whose u and dt are in tiles; h: kLanes values a state, updated.
-template <bool kOutput>
-static void scan_chunk(float* y, const float* dt, const float* u, float* h, float* rows, const SelectiveScanParams& p,
-                       const Block& x, int64_t k, int64_t start, int64_t count) {
-  for (int64_t n = 0; n < p.state; ++n) {
-    const Coefficient b = coefficient(rows, p.B, p.B_varies, p.B_group, x, k, n, start, count);
-    Coefficient c{};
-    if (kOutput) c = coefficient(rows + kScanChunk, p.C, p.C_varies, p.C_group, x, k, n, start, count);
-    const Vec a = lanes(p.A, k, x, n) * kLog2E;
-    store(h + n * kLanes,
-          scan_tile<kOutput>(y, dt, u, a, b.row, b.fixed, c.row, c.fixed, load(h + n * kLanes), k == 1, count));
+  Vec lanes(const ScanTensor& t, int64_t k, int64_t n) const {
+    return t ? load_lanes(t.at(0, k, x.channel, n, 0), t.channel, x.channels) : Vec{};
   }
-}
-
-// Writes the states that enter every chunk of direction k: kLanes values a state, `state` states a chunk.
-static void entering_states(float* states, float* dt, float* u, float* rows, const SelectiveScanParams& p,
-                            const Block& x, int64_t k, int64_t chunk) {
-  const int64_t chunks = scan_chunks(p, chunk), size = p.state * kLanes;
-  const int64_t first = k == 1 ? chunks - 1 : 0, step = k == 1 ? -1 : 1;
-  std::memset(states + first * size, 0, size * sizeof(float));
-  for (int64_t i = 0, c = first; i + 1 < chunks; ++i, c += step) {
-    const int64_t start = c * chunk, count = p.length - start < chunk ? p.length - start : chunk;
-    float* next = states + (c + step) * size;
-    std::memcpy(next, states + c * size, size * sizeof(float));
-    read(u, p.u, x, k, start, count);
-    read_steps(dt, p, x, k, start, count);
-    scan_chunk<false>(nullptr, dt, u, next, rows, p, x, k, start, count);
+  Vec A(int64_t k, int64_t n) const { return lanes(p.A, k, n); }
+  Vec D(int64_t k) const { return lanes(p.D, k, 0); }
+  Coefficient coefficient(float* row, const ScanTensor& t, bool varies, int64_t group, int64_t k, int64_t n,
+                          int64_t start, int64_t count) const {
+    if (!varies) return {nullptr, lanes(t, 0, n)};
+    load_row(row, t.at(x.batch, k, x.group / group, n, start), t.position, count);
+    return {row, Vec{}};
   }
-}
-
-struct ForwardScratch {
-  float *u, *dt, *y, *rows, *up, *down;
-  explicit ForwardScratch(float* s)
-      : u(s), dt(u + kScanChunk * kLanes), y(dt + kScanChunk * kLanes), rows(y + kScanChunk * kLanes),
-        up(rows + 2 * kScanChunk), down(up + kStateLanes) {}
-};
-
-static void forward_block(const SelectiveScanParams& p, const Block& x, const ForwardScratch& s) {
-  const int64_t size = p.state * kLanes;
-  std::memset(s.up, 0, size * sizeof(float));
-  if (p.directions == 2) entering_states(s.down, s.dt, s.u, s.rows, p, x, 1, kScanChunk);
-  for (int64_t start = 0; start < p.length; start += kScanChunk) {
-    const int64_t count = p.length - start < kScanChunk ? p.length - start : kScanChunk;
-    std::memset(s.y, 0, count * kLanes * sizeof(float));
-    for (int64_t k = 0; k < p.directions; ++k) {
-      if (k == 0 || p.u.direction != 0) read(s.u, p.u, x, k, start, count);
-      read_steps(s.dt, p, x, k, start, count);
-      if (p.D) {
-        const Vec d = lanes(p.D, k, x, 0);
-        for (int64_t l = 0; l < count; ++l)
-          store(s.y + l * kLanes, load(s.y + l * kLanes) + d * load(s.u + l * kLanes));
-      }
-      float* h = k == 0 ? s.up : s.down + start / kScanChunk * size;
-      scan_chunk<true>(s.y, s.dt, s.u, h, s.rows, p, x, k, start, count);
+  Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
+    return coefficient(row, p.B, p.B_varies, p.B_group, k, n, start, count);
+  }
+  Coefficient C(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
+    return coefficient(row, p.C, p.C_varies, p.C_group, k, n, start, count);
+  }
+  void steps(float* dt, const float* delta, int64_t k, int64_t count) const {
+    const Vec bias = lanes(p.delta_bias, k, 0);
+    for (int64_t l = 0; l < count; ++l) {
+      const Vec raw = load(delta + l * kLanes) + bias;
+      store(dt + l * kLanes, p.softplus ? softplus(raw) : raw);
     }
+  }
+  void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count) const {
+    if (u) read(u, p.u, x, k, start, count);
+    read(dt, p.delta, x, k, start, count);
+    steps(dt, dt, k, count);
+  }
+};
+
+static void forward_block(const SelectiveScanParams& p, const Block& x, const ScanScratch& s) {
+  const TensorSource source{p, x};
+  scan_forward(source, s, [&](float* y, int64_t start, int64_t count) {
     if (p.z) {
       read(s.dt, p.z, x, 0, start, count);
       for (int64_t l = 0; l < count; ++l)
-        store(s.y + l * kLanes, load(s.y + l * kLanes) * silu(load(s.dt + l * kLanes)));
+        store(y + l * kLanes, load(y + l * kLanes) * silu(load(s.dt + l * kLanes)));
     }
-    write(s.y, p.out, x, 0, start, count);
-  }
+    write(y, p.out, x, 0, start, count);
+  });
   if (p.last_state)
     store_tile(s.up, p.last_state.at(x.batch, 0, x.channel, 0, 0), p.last_state.channel, p.last_state.state, x.channels,
                p.state);
@@ -143,38 +100,38 @@ struct BackwardScratch {
     float** tiles[] = {&u, &delta, &dt, &dy, &du, &ddt, &decay, &carried, &product_b, &product_c};
     for (float** t : tiles) *t = s, s += tile;
     rows = s, s += 2 * kScanChunk;
-    adjoint = s, s += kStateLanes;
-    states = s, s += scan_chunks(p, kScanBackwardChunk) * p.state * kLanes;
+    adjoint = s, s += kMaxState * kLanes;
+    states = s, s += (p.length + kScanBackwardChunk - 1) / kScanBackwardChunk * p.state * kLanes;
     sum_u = s, s += p.length * kLanes;
     sum_y = s;
   }
 };
 
 // Direction k of one block over one chunk, positions against the scan's direction.
-static void backward_chunk(const SelectiveScanParams& p, const Block& x, const BackwardScratch& s, int64_t k,
-                           int64_t start, int64_t count, const float* entering, int64_t slice_index) {
+static void backward_chunk(const TensorSource& source, const BackwardScratch& s, int64_t k, int64_t start, int64_t count,
+                           const float* entering, int64_t slice_index) {
+  const SelectiveScanParams& p = source.p;
+  const Block& x = source.x;
   const int64_t first = k == 1 ? count - 1 : 0, last = k == 1 ? 0 : count - 1, step = k == 1 ? -1 : 1;
   std::memset(s.ddt, 0, count * kLanes * sizeof(float));
   std::memset(s.du, 0, count * kLanes * sizeof(float));
   const int64_t channel_index = (x.batch * p.directions + k) * p.dim + x.channel;
   for (int64_t n = 0; n < p.state; ++n) {
-    const Coefficient b = coefficient(s.rows, p.B, p.B_varies, p.B_group, x, k, n, start, count);
-    const Coefficient c = coefficient(s.rows + kScanChunk, p.C, p.C_varies, p.C_group, x, k, n, start, count);
-    const Vec a = lanes(p.A, k, x, n);
+    const Coefficient b = source.B(s.rows, k, n, start, count), c = source.C(s.rows + kScanChunk, k, n, start, count);
+    const Vec a = source.A(k, n);
     Vec h = load(entering + n * kLanes);
     for (int64_t i = 0, l = first; i < count; ++i, l += step) {
       const Vec dt = load(s.dt + l * kLanes), decay = exp2(dt * (a * kLog2E)), carried = decay * h;
       store(s.decay + l * kLanes, decay);
       store(s.carried + l * kLanes, carried);
-      h = carried + dt * load(s.u + l * kLanes) * (b.row ? splat(b.row[l]) : b.fixed);
+      h = carried + dt * load(s.u + l * kLanes) * b[l];
     }
     Vec g = load(s.adjoint + n * kLanes), da{}, db{}, dc{};
     for (int64_t i = 0, l = last; i < count; ++i, l -= step) {
-      const Vec b_l = b.row ? splat(b.row[l]) : b.fixed, c_l = c.row ? splat(c.row[l]) : c.fixed;
       const Vec u = load(s.u + l * kLanes), dt = load(s.dt + l * kLanes), dy = load(s.dy + l * kLanes);
       const Vec carried = load(s.carried + l * kLanes), drive = dt * u;
-      g += c_l * dy;
-      const Vec gc = g * carried, gb = g * b_l, product_b = g * drive, product_c = dy * (carried + drive * b_l);
+      g += c[l] * dy;
+      const Vec gc = g * carried, gb = g * b[l], product_b = g * drive, product_c = dy * (carried + drive * b[l]);
       store(s.du + l * kLanes, load(s.du + l * kLanes) + gb * dt);
       store(s.ddt + l * kLanes, load(s.ddt + l * kLanes) + gc * a + gb * u);
       da += gc * dt;
@@ -192,7 +149,7 @@ static void backward_chunk(const SelectiveScanParams& p, const Block& x, const B
     if (p.C_varies) add_lane_sums(p.partial_C + row, s.product_c, count);
     else add_lanes(p.partial_fixed_C + channel_index * p.state + n, dc, p.state, x.channels);
   }
-  const Vec skip = lanes(p.D, k, x, 0), bias = lanes(p.delta_bias, k, x, 0);
+  const Vec skip = source.D(k), bias = source.lanes(p.delta_bias, k, 0);
   Vec dd{}, dbias{};
   for (int64_t l = 0; l < count; ++l) {
     const Vec dy = load(s.dy + l * kLanes);
@@ -212,17 +169,18 @@ static void backward_chunk(const SelectiveScanParams& p, const Block& x, const B
 
 static void backward_block(const SelectiveScanParams& p, const Block& x, const BackwardScratch& s, int64_t item) {
   constexpr int64_t chunk = kScanBackwardChunk;
-  const int64_t chunks = scan_chunks(p, chunk);
+  const int64_t chunks = (p.length + chunk - 1) / chunk;
+  const TensorSource source{p, x};
   const bool shared_u = p.directions == 2 && p.u.direction == 0;
   if (p.z) {
     // The gate's gradient needs the sum of both directions: run the forward, ungated, into float32 in scratch.
     SelectiveScanParams ungated = p;
     ungated.z = ungated.last_state = {};
     ungated.out = {{s.sum_y - x.channel, DType::kFloat32}, 0, 0, 1, 0, kLanes};
-    forward_block(ungated, x, ForwardScratch(s.sum_y + p.length * kLanes));
+    forward_block(ungated, x, ScanScratch(s.sum_y + p.length * kLanes));
   }
   for (int64_t k = 0; k < p.directions; ++k) {
-    entering_states(s.states, s.dt, s.u, s.rows, p, x, k, chunk);
+    entering_states(s.states, s.dt, s.u, s.rows, source, k, chunk);
     std::memset(s.adjoint, 0, p.state * kLanes * sizeof(float));
     if (p.grad_last_state) {
       const ScanTensor& t = p.grad_last_state;
@@ -237,8 +195,7 @@ static void backward_block(const SelectiveScanParams& p, const Block& x, const B
       read(s.u, p.u, x, k, start, count);
       read(s.delta, p.delta, x, k, start, count);
       read(s.dy, p.grad_out, x, 0, start, count);
-      const Vec bias = lanes(p.delta_bias, k, x, 0);
-      for (int64_t l = 0; l < count; ++l) store(s.dt + l * kLanes, step_size(p, load(s.delta + l * kLanes), bias));
+      source.steps(s.dt, s.delta, k, count);
       if (p.z) {
         read(s.decay, p.z, x, 0, start, count);
         for (int64_t l = 0; l < count; ++l) {
@@ -248,7 +205,7 @@ static void backward_block(const SelectiveScanParams& p, const Block& x, const B
         }
         if (k == 0) write(s.carried, p.grad_z, x, 0, start, count);
       }
-      backward_chunk(p, x, s, k, start, count, s.states + c * p.state * kLanes, slice_index);
+      backward_chunk(source, s, k, start, count, s.states + c * p.state * kLanes, slice_index);
       write(s.ddt, p.grad_delta, x, k, start, count);
       float* sum = s.sum_u + start * kLanes;
       if (shared_u && k == 0) {
@@ -274,7 +231,7 @@ INLINE Block block_at(const SelectiveScanParams& p, int64_t batch, int64_t group
 void selective_scan_fwd(const SelectiveScanParams& p, int64_t begin, int64_t end) {
   const int64_t blocks = scan_blocks(p, kLanes);
   for (int64_t i = begin; i < end; ++i)
-    forward_block(p, block_at(p, i / blocks / p.groups, i / blocks % p.groups, i % blocks), ForwardScratch(p.scratch));
+    forward_block(p, block_at(p, i / blocks / p.groups, i / blocks % p.groups, i % blocks), ScanScratch(p.scratch));
 }
 
 // Items: batch × groups × slices.

@@ -9,13 +9,8 @@
 BEGIN_KERNELS
 namespace {
 
-template <class T>
-INLINE float load_one(const T* p) {
-  return load_some(p, 1)[0];
-}
-
 // e: the first element; the strides are in elements; channels <= kLanes.
-static void load_tile(float* tile, Elements e, int64_t channel_stride, int64_t position_stride, int64_t channels,
+[[maybe_unused]] static void load_tile(float* tile, Elements e, int64_t channel_stride, int64_t position_stride, int64_t channels,
                       int64_t positions) {
   with_type(e, [&](const auto* p) {
     if (channel_stride == 1) {
@@ -36,7 +31,7 @@ static void load_tile(float* tile, Elements e, int64_t channel_stride, int64_t p
   });
 }
 
-static void store_tile(const float* tile, Elements e, int64_t channel_stride, int64_t position_stride, int64_t channels,
+[[maybe_unused]] static void store_tile(const float* tile, Elements e, int64_t channel_stride, int64_t position_stride, int64_t channels,
                        int64_t positions) {
   with_type(e, [&](auto* p) {
     if (channel_stride == 1) {
@@ -65,7 +60,7 @@ INLINE Vec load_lanes(Elements e, int64_t channel_stride, int64_t channels) {
 }
 
 // `count` elements, stride apart, as float32.
-static void load_row(float* row, Elements e, int64_t stride, int64_t count) {
+[[maybe_unused]] static void load_row(float* row, Elements e, int64_t stride, int64_t count) {
   with_type(e, [&](const auto* p) {
     if (stride == 1) {
       for (int64_t i = 0; i < count; i += kLanes) {

@@ -19,6 +19,7 @@
 #define BEGIN_KERNELS namespace mobilemamba { namespace MOBILEMAMBA_CONCAT(cpu_, CPU_CAPABILITY) {
 #define END_KERNELS } }
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 BEGIN_KERNELS
 namespace {
@@ -36,15 +37,23 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 
-INLINE Vec splat(float x) { return Vec{} + x; }
+INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, -0 and NaN included, so the compiler drops it
 INLINE BitVec bits(Vec x) { return reinterpret_cast<BitVec>(x); }
 INLINE Vec from_bits(BitVec x) { return reinterpret_cast<Vec>(x); }
 
 // Where the mask (all ones or zeros in each lane) is set, a, else b.
 INLINE Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
-// NaN in x stays NaN.
+// NaN in x stays NaN: the instructions return their second operand then.
+#if defined(__AVX512F__)
+INLINE Vec at_least(Vec x, Vec low) { return reinterpret_cast<Vec>(_mm512_max_ps((__m512)low, (__m512)x)); }
+INLINE Vec at_most(Vec x, Vec high) { return reinterpret_cast<Vec>(_mm512_min_ps((__m512)high, (__m512)x)); }
+#elif defined(__AVX2__)
+INLINE Vec at_least(Vec x, Vec low) { return reinterpret_cast<Vec>(_mm256_max_ps((__m256)low, (__m256)x)); }
+INLINE Vec at_most(Vec x, Vec high) { return reinterpret_cast<Vec>(_mm256_min_ps((__m256)high, (__m256)x)); }
+#else
 INLINE Vec at_least(Vec x, Vec low) { return select(x < low, low, x); }
 INLINE Vec at_most(Vec x, Vec high) { return select(x > high, high, x); }
+#endif
 INLINE Vec magnitude(Vec x) { return from_bits(bits(x) & 0x7fffffffu); }
 
 INLINE Vec load(const float* p) {
@@ -141,6 +150,11 @@ INLINE Vec load_some(Elements e, int64_t n) {
 INLINE void store_some(Elements e, Vec v, int64_t n) {
   with_type(e, [&](auto* p) { store_some(p, v, n); });
 }
+
+// One element. Float16 goes through a vector, which has the only conversion that every instruction set shares.
+INLINE float load_one(const float* p) { return *p; }
+INLINE float load_one(const BFloat16* p) { return from_bits(BitVec{} + (uint32_t{p->bits} << 16))[0]; }
+INLINE float load_one(const Float16* p) { return load_some(p, 1)[0]; }
 
 constexpr float kLog2E = 1.44269504088896341f;
 

@@ -1,6 +1,7 @@
 // Selective scan, one direction or both added, any state size.
 #pragma once
 
+#include "include/scan_scratch.h"
 #include "include/tensor_view.h"
 
 namespace mobilemamba {
@@ -45,23 +46,18 @@ struct SelectiveScanParams {
   float *partial_A, *partial_D, *partial_delta_bias, *partial_fixed_B, *partial_fixed_C;
 };
 
-constexpr int64_t kScanChunk = 1024;         // positions that the forward keeps in cache
-constexpr int64_t kScanBackwardChunk = 256;  // and the backward, which keeps more of each
-constexpr int64_t kMaxState = 256;
+constexpr int64_t kScanBackwardChunk = 256;  // positions; the backward keeps more tiles than the forward
 
 // Channels of one group come in blocks of as many as a vector has lanes.
 inline int64_t scan_blocks(const SelectiveScanParams& p, int64_t lanes) {
   return (p.dim / p.groups + lanes - 1) / lanes;
 }
-inline int64_t scan_chunks(const SelectiveScanParams& p, int64_t chunk) { return (p.length + chunk - 1) / chunk; }
 
-// Floats of one thread's scratch; the kernel lays them out.
-inline int64_t scan_fwd_scratch(const SelectiveScanParams& p, int64_t lanes) {
-  return (3 * kScanChunk + kMaxState + scan_chunks(p, kScanChunk) * p.state) * lanes + 2 * kScanChunk;
-}
+// Floats of one thread's scratch for a backward over vectors of `lanes`.
 inline int64_t scan_bwd_scratch(const SelectiveScanParams& p, int64_t lanes) {
-  return (10 * kScanBackwardChunk + kMaxState + scan_chunks(p, kScanBackwardChunk) * p.state + 2 * p.length) * lanes +
-         2 * kScanChunk + scan_fwd_scratch(p, lanes);
+  const int64_t chunks = (p.length + kScanBackwardChunk - 1) / kScanBackwardChunk;
+  return (10 * kScanBackwardChunk + kMaxState + chunks * p.state + 2 * p.length) * lanes + 2 * kScanChunk +
+         scan_fwd_scratch(p.length, p.state, lanes);
 }
 
 }  // namespace mobilemamba

@@ -83,8 +83,29 @@ def ss2d_bidirectional(
     return _operator(*args)
 
 
-def _with_scan(
-    run_scan,
+def _project(
+    x: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor, A_log: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return u (batch, d, L), delta (batch, 2, d, L), A (2, d, N), B and C (batch, 2, N, L)."""
+    dtype = accumulate_dtype(x.dtype)
+    u = x.to(dtype).flatten(2)
+    rank, state = dt_proj_weight.shape[2], A_log.shape[2]
+    projected = torch.einsum("kcd,bdl->bkcl", x_proj_weight.to(dtype), u)
+    dt_low, B, C = projected.split((rank, state, state), dim=2)
+    delta = torch.einsum("kdr,bkrl->bkdl", dt_proj_weight.to(dtype), dt_low)
+    return u, delta, -torch.exp(A_log.to(dtype)), B, C
+
+
+def _normalize(y: Tensor, x: Tensor, z: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    """Normalize y (batch, d, L), gate it, and return it in the shape and dtype of x."""
+    y = F.layer_norm(y.transpose(1, 2), y.shape[1:2], norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps)
+    y = y.transpose(1, 2).unflatten(2, x.shape[2:])
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def _reference(
     x: Tensor,
     z: Tensor | None,
     x_proj_weight: Tensor,
@@ -96,24 +117,48 @@ def _with_scan(
     norm_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    dtype = accumulate_dtype(x.dtype)
-    u = x.to(dtype).flatten(2)  # (batch, d, L)
-    rank, state = dt_proj_weight.shape[2], A_log.shape[2]
-    projected = torch.einsum("kcd,bdl->bkcl", x_proj_weight.to(dtype), u)
-    dt_low, B, C = projected.split((rank, state, state), dim=2)
-    delta = torch.einsum("kdr,bkrl->bkdl", dt_proj_weight.to(dtype), dt_low)
-    A = -torch.exp(A_log.to(dtype))
-    y = run_scan(u, delta, A, B, C, D.to(dtype), None, dt_proj_bias.to(dtype), True)
-    y = y.transpose(1, 2)  # (batch, L, d)
-    y = F.layer_norm(y, y.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
-    y = y.transpose(1, 2).unflatten(2, x.shape[2:])
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(x.dtype)
+    y = scan._reference(*_project(x, x_proj_weight, dt_proj_weight, A_log), D, None, dt_proj_bias, True)
+    return _normalize(y, x, z, norm_weight, norm_bias, eps)
 
 
-def _reference(*args) -> Tensor:
-    return _with_scan(scan._reference, *args)
+def _cpu_backward(
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> list[Tensor | None]:
+    """The reference's gradient with the scan, forward and backward, in its kernels."""
+    with torch.enable_grad():
+        inputs, pull_inputs = torch.func.vjp(_project, x, x_proj_weight, dt_proj_weight, A_log)
+        parameters = (D, None, dt_proj_bias, True)
+        y = torch.ops.mobilemamba.bidirectional_selective_scan_fwd(*inputs, *parameters)
+        gate = () if z is None else (z,)
+        _, pull_y = torch.func.vjp(
+            lambda y, w, b, *z: _normalize(y, x, z[0] if z else None, w, b, eps), y, norm_weight, norm_bias, *gate
+        )
+        grad_y, grad_norm_weight, grad_norm_bias, *grad_z = pull_y(grad)
+        *grad_inputs, grad_D, _, grad_dt_proj_bias = torch.ops.mobilemamba.bidirectional_selective_scan_bwd(
+            grad_y, *inputs, *parameters
+        )
+        grad_x, grad_x_proj_weight, grad_dt_proj_weight, grad_A_log = pull_inputs(tuple(grad_inputs))
+    return [
+        grad_x,
+        grad_z[0] if grad_z else None,
+        grad_x_proj_weight,
+        grad_dt_proj_weight,
+        grad_dt_proj_bias,
+        grad_A_log,
+        grad_D,
+        grad_norm_weight,
+        grad_norm_bias,
+    ]
 
 
 def _fake(x: Tensor, *others) -> Tensor:
@@ -126,4 +171,5 @@ _operator = define_operator(
     "Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor",
     _reference,
     _fake,
+    cpu_backward=_cpu_backward,
 )

@@ -1,0 +1,171 @@
+// Three phases over one image, whose intermediates (a few hundred positions of a few hundred channels) stay in cache:
+//   project    positions × columns: every position's low-rank step, B and C of both directions; a register-blocked product
+//   scan       kLanes channels, all positions, both directions: Δ is expanded from its low rank inside the tile, so it
+//              never exists in memory, and the two directions are added in the tile
+//   normalize  LayerNorm over the channels of a position, then the gate
+// x is read twice, z once, the result written once; the official network makes twelve passes.
+#include "include/ss2d_bidirectional.h"
+
+#include "cpu/scan.h"
+
+BEGIN_KERNELS
+namespace {
+
+// out[i][0 … kVectors) = Σ_c x[i][c] w[c]: kRows positions at once, so that each weight vector serves all of them.
+template <int kRows, int kVectors>
+static void project_rows(float* out, const float* x, const float* w, int64_t dim, int64_t x_stride, int64_t columns) {
+  Vec sums[kRows][kVectors] = {};
+  for (int64_t c = 0; c < dim; ++c) {
+    Vec weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) weights[v] = load(w + c * columns + v * kLanes);
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += splat(x[i * x_stride + c]) * weights[v];
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < kVectors; ++v) store(out + i * columns + v * kLanes, sums[i][v]);
+}
+
+// Two vectors of columns at a time: with six rows, twelve sums fill the registers of every instruction set but the oldest.
+static void project(float* out, const float* x, const float* w, int64_t count, int64_t dim, int64_t x_stride,
+                    int64_t columns) {
+  constexpr int kRows = 6;
+  for (int64_t column = 0; column < columns; column += 2 * kLanes) {
+    const bool two = column + kLanes < columns;
+    for (int64_t i = 0; i < count;) {
+      const int64_t rows = count - i >= kRows ? kRows : 1;
+      float* o = out + i * columns + column;
+      const float* from = x + i * x_stride;
+      if (rows == kRows && two) project_rows<kRows, 2>(o, from, w + column, dim, x_stride, columns);
+      else if (rows == kRows) project_rows<kRows, 1>(o, from, w + column, dim, x_stride, columns);
+      else if (two) project_rows<1, 2>(o, from, w + column, dim, x_stride, columns);
+      else project_rows<1, 1>(o, from, w + column, dim, x_stride, columns);
+      i += rows;
+    }
+  }
+}
+
+INLINE int64_t channels_from(const Ss2dParams& p, int64_t channel) {
+  return p.dim - channel < kLanes ? p.dim - channel : kLanes;
+}
+
+// The Source of scan.h: u is x, everything else comes from the projection.
+struct ProjectedSource {
+  const Ss2dParams& p;
+  const int64_t image, channel;
+  const int64_t length = p.length, state = p.state, directions = 2;
+  const bool shared_u = true;
+
+  const float* column(int64_t k, int64_t i, int64_t start) const {
+    return p.projected + ((image - p.first_image) * p.length + start) * p.columns + k * (p.rank + 2 * p.state) + i;
+  }
+  Vec A(int64_t k, int64_t n) const { return load(p.A + (k * p.state + n) * p.padded_dim + channel); }
+  Vec D(int64_t k) const { return load(p.D + k * p.padded_dim + channel); }
+  Coefficient gather(float* row, const float* from, int64_t count) const {
+    for (int64_t l = 0; l < count; ++l) row[l] = from[l * p.columns];
+    return {row, Vec{}};
+  }
+  Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
+    return gather(row, column(k, p.rank + n, start), count);
+  }
+  Coefficient C(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
+    return gather(row, column(k, p.rank + p.state + n, start), count);
+  }
+  void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count) const {
+    if (u) load_tile(u, p.x.at(image, channel, start), p.x.channel, p.x.position, channels_from(p, channel), count);
+    const float* weights = p.dt_proj + k * p.rank * p.padded_dim + channel;
+    const float* low = column(k, 0, start);
+    const Vec bias = load(p.dt_bias + k * p.padded_dim + channel);
+    constexpr int kRows = 4;  // independent sums hide the latency of the multiply-add
+    for (int64_t l = 0; l < count; l += kRows) {
+      Vec raw[kRows] = {bias, bias, bias, bias};
+      const int64_t rows = count - l < kRows ? count - l : kRows;
+      if (rows == kRows) {
+        for (int64_t r = 0; r < p.rank; ++r) {
+          const Vec w = load(weights + r * p.padded_dim);
+          for (int i = 0; i < kRows; ++i) raw[i] += splat(low[(l + i) * p.columns + r]) * w;
+        }
+      } else {
+        for (int64_t r = 0; r < p.rank; ++r)
+          for (int64_t i = 0; i < rows; ++i) raw[i] += splat(low[(l + i) * p.columns + r]) * load(weights + r * p.padded_dim);
+      }
+      for (int64_t i = 0; i < rows; ++i) store(dt + (l + i) * kLanes, softplus(raw[i]));
+    }
+  }
+};
+
+INLINE float sum_all(Vec v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+}  // namespace
+
+// Items: images × blocks of kSs2dPositions.
+void ss2d_project(const Ss2dParams& p, int64_t begin, int64_t end) {
+  const int64_t blocks = ss2d_position_blocks(p);
+  const bool direct = p.x.channel == 1 && p.x.elements.dtype == DType::kFloat32;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = p.first_image + item / blocks, start = item % blocks * kSs2dPositions;
+    const int64_t count = p.length - start < kSs2dPositions ? p.length - start : kSs2dPositions;
+    const float* x = static_cast<const float*>(p.x.at(image, 0, start).data);
+    if (!direct) {
+      for (int64_t c = 0; c < p.dim; c += kLanes) {
+        float tile[kSs2dPositions * kLanes];
+        load_tile(tile, p.x.at(image, c, start), p.x.channel, p.x.position, channels_from(p, c), count);
+        for (int64_t l = 0; l < count; ++l) store(p.scratch + l * p.padded_dim + c, load(tile + l * kLanes));
+      }
+      x = p.scratch;
+    }
+    project(p.projected + ((image - p.first_image) * p.length + start) * p.columns, x, p.x_proj, count, p.dim,
+            direct ? p.x.position : p.padded_dim, p.columns);
+  }
+}
+
+// Items: images × blocks of kLanes channels.
+void ss2d_scan(const Ss2dParams& p, int64_t begin, int64_t end) {
+  const int64_t blocks = (p.dim + kLanes - 1) / kLanes;
+  for (int64_t item = begin; item < end; ++item) {
+    const ProjectedSource source{p, p.first_image + item / blocks, item % blocks * kLanes};
+    float* sum = p.sum + item / blocks * p.length * p.padded_dim + source.channel;
+    scan_forward(source, ScanScratch(p.scratch), [&](const float* y, int64_t start, int64_t count) {
+      for (int64_t l = 0; l < count; ++l) store(sum + (start + l) * p.padded_dim, load(y + l * kLanes));
+    });
+  }
+}
+
+// Items: images × blocks of kSs2dPositions.
+void ss2d_normalize(const Ss2dParams& p, int64_t begin, int64_t end) {
+  const int64_t blocks = ss2d_position_blocks(p);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = p.first_image + item / blocks, start = item % blocks * kSs2dPositions;
+    const int64_t count = p.length - start < kSs2dPositions ? p.length - start : kSs2dPositions;
+    const float* sum = p.sum + ((image - p.first_image) * p.length + start) * p.padded_dim;
+    float means[kSs2dPositions], scales[kSs2dPositions];
+    for (int64_t l = 0; l < count; ++l) {
+      const float* y = sum + l * p.padded_dim;
+      Vec total{}, squares{};
+      for (int64_t c = 0; c < p.dim; c += kLanes) total += load_some(y + c, channels_from(p, c));
+      means[l] = sum_all(total) / static_cast<float>(p.dim);
+      for (int64_t c = 0; c < p.dim; c += kLanes) {
+        Vec centred = load(y + c) - means[l];
+        if (p.dim - c < kLanes)
+          for (int64_t i = p.dim - c; i < kLanes; ++i) centred[i] = 0;
+        squares += centred * centred;
+      }
+      scales[l] = 1.0f / __builtin_sqrtf(sum_all(squares) / static_cast<float>(p.dim) + p.eps);
+    }
+    for (int64_t c = 0; c < p.dim; c += kLanes) {
+      const Vec weight = load(p.norm_weight + c), bias = load(p.norm_bias + c);
+      float tile[kSs2dPositions * kLanes];
+      if (p.z.elements) load_tile(tile, p.z.at(image, c, start), p.z.channel, p.z.position, channels_from(p, c), count);
+      for (int64_t l = 0; l < count; ++l) {
+        const Vec y = (load(sum + l * p.padded_dim + c) - means[l]) * scales[l] * weight + bias;
+        store(tile + l * kLanes, p.z.elements ? y * silu(load(tile + l * kLanes)) : y);
+      }
+      store_tile(tile, p.out.at(image, c, start), p.out.channel, p.out.position, channels_from(p, c), count);
+    }
+  }
+}
+
+END_KERNELS

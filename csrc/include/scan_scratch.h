@@ -1,0 +1,17 @@
+// How much a scan keeps in cache.
+#pragma once
+
+#include <cstdint>
+
+namespace mobilemamba {
+
+constexpr int64_t kScanChunk = 1024;  // positions of a forward's tiles
+constexpr int64_t kMaxState = 256;
+
+// Floats of one thread's scratch for a forward over vectors of `lanes`.
+inline int64_t scan_fwd_scratch(int64_t length, int64_t state, int64_t lanes) {
+  const int64_t chunks = (length + kScanChunk - 1) / kScanChunk;
+  return (3 * kScanChunk + kMaxState + chunks * state) * lanes + 2 * kScanChunk;
+}
+
+}  // namespace mobilemamba

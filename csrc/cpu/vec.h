@@ -119,12 +119,41 @@ INLINE void store(Float16* p, Vec v) {
 }
 #endif
 
+// The first n elements of a vector's worth, with no access behind them: never a call of memcpy, whose time would show.
+#if defined(__AVX512F__)
+INLINE void copy_to_full(float* to, const float* from, int64_t n) {
+  _mm512_storeu_ps(to, _mm512_maskz_loadu_ps((1u << n) - 1, from));
+}
+INLINE void copy_from_full(float* to, const float* from, int64_t n) {
+  _mm512_mask_storeu_ps(to, (1u << n) - 1, _mm512_loadu_ps(from));
+}
+template <class T>
+INLINE void copy_to_full(T* to, const T* from, int64_t n) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16((1u << n) - 1, from));
+}
+template <class T>
+INLINE void copy_from_full(T* to, const T* from, int64_t n) {
+  _mm256_mask_storeu_epi16(to, (1u << n) - 1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#else
+template <class T>
+INLINE void copy_from_full(T* to, const T* from, int64_t n) {
+  for (int part = kLanes / 2; part > 0; part /= 2)
+    if (n & part) std::memcpy(to, from, part * sizeof(T)), to += part, from += part;
+}
+template <class T>
+INLINE void copy_to_full(T* to, const T* from, int64_t n) {
+  std::memset(to, 0, kLanes * sizeof(T));
+  copy_from_full(to, from, n);
+}
+#endif
+
 // The first n lanes; zeros behind them.
 template <class T>
 INLINE Vec load_some(const T* p, int64_t n) {
   if (n == kLanes) return load(p);
-  T buffer[kLanes] = {};
-  std::memcpy(buffer, p, n * sizeof(T));
+  T buffer[kLanes];
+  copy_to_full(buffer, p, n);
   return load(buffer);
 }
 template <class T>
@@ -132,7 +161,7 @@ INLINE void store_some(T* p, Vec v, int64_t n) {
   if (n == kLanes) return store(p, v);
   T buffer[kLanes];
   store(buffer, v);
-  std::memcpy(p, buffer, n * sizeof(T));
+  copy_from_full(p, buffer, n);
 }
 
 // Calls f with a typed pointer to the elements.

@@ -6,8 +6,6 @@
 
 namespace mobilemamba {
 
-inline Map map_of(const Tensor& t) { return {elements(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
 // Runs haar_dwt2d or haar_idwt2d, whichever `kernel` is, between pixels and bands.
 inline void run_haar(void (*kernel)(const HaarParams&, int64_t, int64_t), const Tensor& pixels, const Tensor& bands) {
   HaarParams p{};

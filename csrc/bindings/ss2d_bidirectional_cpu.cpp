@@ -36,7 +36,7 @@ std::vector<float> pack(const Tensor& t, int64_t planes, int64_t dim, int64_t in
 Tensor with_positions(const Tensor& t) {
   return t.size(2) <= 1 || t.stride(2) == t.size(3) * t.stride(3) ? t : torch::stable::contiguous(t);
 }
-Map map(const Tensor& t) { return {elements(t), t.stride(0), t.stride(1), t.size(3) > 1 ? t.stride(3) : t.stride(2)}; }
+Sequence map(const Tensor& t) { return {elements(t), t.stride(0), t.stride(1), t.size(3) > 1 ? t.stride(3) : t.stride(2)}; }
 
 // Floats between the phases, an image.
 int64_t between(const Ss2dParams& p) { return p.length * (p.columns + p.padded_dim); }

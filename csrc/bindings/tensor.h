@@ -35,6 +35,11 @@ inline Elements elements(const std::optional<Tensor>& t) { return t ? elements(*
 // The stride of a dimension, 0 for an absent tensor.
 inline int64_t stride(const std::optional<Tensor>& t, int64_t dim) { return t ? t->stride(dim) : 0; }
 
+inline Map map_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, "mobilemamba: a map must have four dimensions, got ", t.dim());
+  return {elements(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
 inline void check_size(const Tensor& t, int64_t dim, int64_t size) {
   STD_TORCH_CHECK(t.size(dim) == size, "mobilemamba: a tensor's size ", t.size(dim), " in dimension ", dim,
                   " does not match the other arguments' ", size, "; call the public function, which explains shapes");

@@ -5,16 +5,6 @@
 
 namespace mobilemamba {
 
-// (batch, channels, rows, columns); strides in elements.
-struct Map {
-  Elements elements;
-  int64_t batch = 0, channel = 0, row = 0, column = 0;
-
-  Elements at(int64_t b, int64_t c, int64_t y, int64_t x) const {
-    return elements + (b * batch + c * channel + y * row + x * column);
-  }
-};
-
 // Both directions: haar_dwt2d reads the pixels and writes the bands, haar_idwt2d the other way round.
 struct HaarParams {
   int64_t batch, channels, height, width;  // of the pixels

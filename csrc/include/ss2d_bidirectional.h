@@ -7,7 +7,7 @@
 namespace mobilemamba {
 
 // (batch, channels, positions), strides in elements.
-struct Map {
+struct Sequence {
   Elements elements;
   int64_t batch = 0, channel = 0, position = 0;
 
@@ -16,7 +16,7 @@ struct Map {
 
 struct Ss2dParams {
   int64_t dim, length, state, rank;
-  Map x, z, out;
+  Sequence x, z, out;
   // Packed by the binding, float32, channels padded with zeros to a multiple of kSs2dLanes (padded_dim):
   const float* x_proj;     // (dim, columns): for direction k columns k (rank + 2 state) …: dt_low, B, C; padded too
   const float* dt_proj;    // (2, rank, padded_dim)

@@ -20,4 +20,15 @@ struct Elements {
   }
 };
 
+// (batch, channels, rows, columns); strides in elements.
+struct Map {
+  Elements elements;
+  int64_t batch = 0, channel = 0, row = 0, column = 0;
+
+  explicit operator bool() const { return static_cast<bool>(elements); }
+  Elements at(int64_t b, int64_t c, int64_t y, int64_t x) const {
+    return elements + (b * batch + c * channel + y * row + x * column);
+  }
+};
+
 }  // namespace mobilemamba

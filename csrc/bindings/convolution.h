@@ -1,0 +1,28 @@
+// What the bindings of the convolution operators share.
+#pragma once
+
+#include <string>
+
+#include "bindings/tensor.h"
+#include "include/activation.h"
+
+namespace mobilemamba {
+
+inline Activation activation_of(const std::string& name) {
+  return name == "relu" ? Activation::kRelu : name == "silu" ? Activation::kSilu : Activation::kNone;
+}
+
+// A result of the given size in the layout of x: channels-last for channels-last, else channels-first, whose strides it
+// also has where both layouts are the same bytes.
+inline Tensor empty_image(const Tensor& x, int64_t channels, int64_t height, int64_t width) {
+  const bool differ = channels != 1 && height * width != 1, last = x.stride(1) == 1 && x.size(1) > 1 && differ;
+  return torch::stable::empty(
+      {x.size(0), channels, height, width}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+inline void check_image(const std::optional<Tensor>& t, const Tensor& shaped_as) {
+  for (int64_t i = 0; t && i < 4; ++i) check_size(*t, i, shaped_as.size(i));
+}
+
+}  // namespace mobilemamba

@@ -1,0 +1,227 @@
+// Depthwise convolution: one lane a channel, so a tap is one multiply-add of a vector of inputs and one of weights.
+//
+// An item is a band of output rows of a group of blocks of kLanes channels. The group's weights are transposed once, to
+// [tap][lane], and stay in cache for the images that follow. Up to eight output columns are computed together: their
+// sums and a row of the filter live in registers, so that an input loaded once meets all the taps it has there, and
+// taps over the border are skipped when the kernel is compiled. At k = 3 that is 9 multiply-adds and 5 loads an output,
+// at k = 7 49 and 19. Filters other than the common ones load an input for each tap.
+//
+// A float32 channels-last image is read in place, row by row, all blocks of a row one after the other, as it lies in
+// memory. Other images become float32 tiles first: k rows of the group at a time when channels-last, else the whole
+// band of one block, transposed. Each sum passes through the first cache once, to activation, residual and store:
+// memory sees x, residual and y once each.
+#include "cpu/activation.h"
+#include "cpu/tile.h"
+#include "include/capability.h"
+#include "include/depthwise_conv2d_act.h"
+
+DECLARE_KERNEL(depthwise_conv2d_act, DepthwiseConv2dActParams)
+
+BEGIN_KERNELS
+namespace {
+
+constexpr int kColumns = 8;  // at least twice the padding of the filters with compiled borders
+
+// What one row of outputs of a block of channels is made of.
+struct Window {
+  const float* x;        // column 0 of the first row of the image under the filter
+  const float* wrap;     // where a tile ends, and
+  int64_t size;          // how far back its first row is
+  int64_t row, column;   // strides
+  int64_t rows;          // that the filter has in the image
+  const float* weights;  // [tap][lane], from the filter's first row in the image on
+  const float* bias;     // [lane]
+};
+
+// Calls f with 0, 1, … at compile time, which keeps arrays of vectors in registers.
+template <class F, int... kIndex>
+INLINE void unrolled(std::integer_sequence<int, kIndex...>, F f) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// kCount outputs from column `first` on: kK×kK taps, padded by kK / 2, at the left or right border or not.
+template <int kK, int kStride, int kCount, bool kLeft, bool kRight>
+static void sum_columns(const Window& w, float* sums, int64_t first) {
+  constexpr int kPadding = kK / 2, kColumnsIn = (kCount - 1) * kStride + kK;
+  constexpr int kBegin = kLeft ? kPadding : 0, kEnd = kColumnsIn - (kRight ? kPadding : 0);
+  constexpr std::make_integer_sequence<int, kCount> outputs{};
+  constexpr std::make_integer_sequence<int, kK> taps{};
+  const float* x = w.x;
+  const float* weights = w.weights;
+  Vec acc[kCount], tap[kK];
+  unrolled(outputs, [&](auto n) { acc[n] = load(w.bias); });
+  for (int64_t row = 0; row < w.rows; ++row, weights += kK * kLanes) {
+    unrolled(taps, [&](auto t) { tap[t] = load(weights + t * kLanes); });
+    const float* in = x + (first * kStride - kPadding + kBegin) * w.column;
+    unrolled(std::make_integer_sequence<int, kEnd - kBegin>{}, [&](auto i) {
+      const Vec v = load(in);
+      unrolled(outputs, [&](auto n) {
+        constexpr int t = kBegin + i - n * kStride;
+        if constexpr (t >= 0 && t < kK) acc[n] += v * tap[t];
+      });
+      in += w.column;
+    });
+    x += w.row;
+    if (x == w.wrap) x -= w.size;
+  }
+  unrolled(outputs, [&](auto n) { store(sums + (first + n) * kLanes, acc[n]); });
+}
+
+// kCount outputs from column `first` on, of any filter.
+template <int kCount>
+static void sum_columns(const DepthwiseConv2dActParams& p, const Window& w, float* sums, int64_t first) {
+  constexpr std::make_integer_sequence<int, kCount> outputs{};
+  const int64_t left = first * p.stride - p.padding;
+  const float* x = w.x;
+  const float* weights = w.weights;
+  Vec acc[kCount];
+  unrolled(outputs, [&](auto n) { acc[n] = load(w.bias); });
+  for (int64_t row = 0; row < w.rows; ++row) {
+    for (int64_t column = left; column < left + p.k; ++column, weights += kLanes) {
+      const Vec tap = load(weights);
+      unrolled(outputs, [&](auto n) {
+        const int64_t c = column + n * p.stride;
+        if (c >= 0 && c < p.width) acc[n] += load(x + c * w.column) * tap;
+      });
+    }
+    x += w.row;
+    if (x == w.wrap) x -= w.size;
+  }
+  unrolled(outputs, [&](auto n) { store(sums + (first + n) * kLanes, acc[n]); });
+}
+
+// Calls f with count as a constant.
+template <int kCount = 1, class F>
+INLINE void with_count(int64_t count, F f) {
+  if constexpr (kCount == kColumns)
+    f(std::integral_constant<int, kCount>{});
+  else
+    count == kCount ? f(std::integral_constant<int, kCount>{}) : with_count<kCount + 1>(count, f);
+}
+
+// A row of outputs, cut into equal parts of at most kColumns. kK = 0: any filter.
+template <int kK, int kStride>
+static void sum_row(const DepthwiseConv2dActParams& p, const Window& w, float* sums) {
+  const int64_t parts = (p.out_width + kColumns - 1) / kColumns;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = part * p.out_width / parts, end = (part + 1) * p.out_width / parts;
+    const bool left = part == 0, right = (end - 1) * p.stride - p.padding + p.k > p.width;
+    with_count(end - first, [&](auto count) {
+      if constexpr (kK == 0) {
+        sum_columns<count>(p, w, sums, first);
+      } else if (left) {
+        right ? sum_columns<kK, kStride, count, true, true>(w, sums, first)
+              : sum_columns<kK, kStride, count, true, false>(w, sums, first);
+      } else {
+        right ? sum_columns<kK, kStride, count, false, true>(w, sums, first)
+              : sum_columns<kK, kStride, count, false, false>(w, sums, first);
+      }
+    });
+  }
+}
+
+using SumRow = void (*)(const DepthwiseConv2dActParams&, const Window&, float*);
+
+static SumRow choose(const DepthwiseConv2dActParams& p) {
+  if (p.padding == p.k / 2) {
+    if (p.k == 3 && p.stride == 1) return sum_row<3, 1>;
+    if (p.k == 3 && p.stride == 2) return sum_row<3, 2>;
+    if (p.k == 5 && p.stride == 1) return sum_row<5, 1>;
+    if (p.k == 7 && p.stride == 1) return sum_row<7, 1>;
+  }
+  return sum_row<0, 0>;
+}
+
+// y = activation(sums) + residual for `positions` positions from (b, c, row, 0) on, in joined rows.
+static void finish(const DepthwiseConv2dActParams& p, float* sums, float* added, int64_t b, int64_t c, int64_t row,
+                   int64_t channels, int64_t positions) {
+  const Elements y = p.y.at(b, c, row, 0);
+  const Elements residual = p.residual ? p.residual.at(b, c, row, 0) : Elements{};
+  if (p.activation != Activation::kNone)
+    with_activation(p.activation, [&](auto act) {
+      for (int64_t i = 0; i < positions * kLanes; i += kLanes) store(sums + i, act(load(sums + i)));
+    });
+  if (residual && p.residual.channel == 1 && p.y.channel == 1) {
+    with_type(residual, [&](const auto* r) {
+      with_type(y, [&](auto* out) {
+        for (int64_t i = 0; i < positions; ++i)
+          store_some(out + i * p.y.column, load(sums + i * kLanes) + load_some(r + i * p.residual.column, channels),
+                     channels);
+      });
+    });
+    return;
+  }
+  if (residual) {
+    load_tile(added, residual, p.residual.channel, p.residual.column, channels, positions);
+    for (int64_t i = 0; i < positions * kLanes; i += kLanes) store(sums + i, load(sums + i) + load(added + i));
+  }
+  store_tile(sums, y, p.y.channel, p.y.column, channels, positions);
+}
+
+}  // namespace
+
+void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int64_t end) {
+  const int64_t taps = p.k * p.k, bands = (p.out_height + p.rows - 1) / p.rows;
+  const int64_t tile_rows = depthwise_tile_rows(p), tile_row = p.width * kLanes;
+  const SumRow sum_row = choose(p);
+  float* biases = p.scratch;
+  float* weights = biases + p.group;
+  float* tiles = weights + p.group * taps;
+  float* sums = tiles + depthwise_tiles(p, kLanes);
+  float* added = sums + depthwise_sums(p) * kLanes;
+  const bool in_place = depthwise_reads_in_place(p);
+  const bool rows_join = p.transposes && p.x.row == p.width * p.x.column;
+  const bool out_rows_join = p.transposes && p.y.row == p.out_width * p.y.column &&
+                             (!p.residual || p.residual.row == p.out_width * p.residual.column);
+
+  for (int64_t item = begin, weighed = -1; item < end; ++item) {
+    const int64_t band = item % bands, b = item / bands % p.batch, group = item / bands / p.batch * p.group;
+    const int64_t group_end = group + p.group < p.channels ? group + p.group : p.channels;
+    const int64_t y0 = band * p.rows, y1 = y0 + p.rows < p.out_height ? y0 + p.rows : p.out_height;
+    const int64_t top = y0 * p.stride - p.padding, bottom = (y1 - 1) * p.stride - p.padding + p.k;
+    const int64_t in0 = top > 0 ? top : 0, in1 = bottom < p.height ? bottom : p.height;
+
+    if (weighed != group)
+      for (int64_t c = group; c < group_end; c += kLanes) {
+        const int64_t channels = group_end - c < kLanes ? group_end - c : kLanes;
+        load_tile(weights + (c - group) * taps, p.weight + c * taps, taps, 1, channels, taps);
+        store(biases + c - group, p.bias ? load_lanes(p.bias + c * p.bias_stride, p.bias_stride, channels) : Vec{});
+      }
+    weighed = group;
+
+    int64_t loaded = in0;  // rows before it are in the tiles
+    for (int64_t y = y0; y < y1; ++y) {
+      const int64_t row = y * p.stride - p.padding;  // may lie over the border, as row + k may
+      const int64_t first = row > 0 ? row : 0, last = row + p.k < p.height ? row + p.k : p.height;
+      if (loaded < first) loaded = first;
+      const int64_t wanted = p.transposes && loaded < in1 ? in1 : last;
+      for (int64_t c = group; c < group_end; c += kLanes) {
+        const int64_t channels = group_end - c < kLanes ? group_end - c : kLanes;
+        Window w{};
+        w.rows = last - first;
+        w.weights = weights + (c - group) * taps + (first - row) * p.k * kLanes;
+        w.bias = biases + c - group;
+        if (in_place && channels == kLanes) {
+          w.row = p.x.row, w.column = p.x.column;
+          if (w.rows > 0) w.x = static_cast<const float*>(p.x.at(b, c, first, 0).data);
+        } else {
+          float* tile = in_place ? tiles : tiles + (c - group) * tile_rows * p.width;
+          const int64_t step = rows_join ? wanted - loaded : 1;
+          for (int64_t from = loaded; from < wanted; from += step)
+            load_tile(tile + (from - in0) % tile_rows * tile_row, p.x.at(b, c, from, 0), p.x.channel, p.x.column,
+                      channels, step * p.width);
+          w.row = tile_row, w.column = kLanes;
+          w.x = tile + (first - in0) % tile_rows * tile_row;
+          w.wrap = tile + tile_rows * tile_row, w.size = tile_rows * tile_row;
+        }
+        float* out = sums + (p.transposes ? y - y0 : 0) * p.out_width * kLanes;
+        sum_row(p, w, out);
+        if (!out_rows_join) finish(p, out, added, b, c, y, channels, p.out_width);
+      }
+      if (loaded < wanted) loaded = wanted;
+    }
+    if (out_rows_join) finish(p, sums, added, b, group, y0, group_end - group, (y1 - y0) * p.out_width);
+  }
+}
+
+END_KERNELS

@@ -33,7 +33,8 @@ _Function = Callable[..., Any]
 
 def has_kernel(name: str, device_type: str) -> bool:
     """Whether a compiled or Triton kernel for ``name``'s forward is registered for ``device_type``."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mobilemamba::{name}_fwd", device_type.upper())
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"mobilemamba::{name}_fwd", key)
 
 
 def define_operator(
@@ -94,7 +95,7 @@ def define_operator(
             return reference(*full)
 
         with torch.enable_grad():
-            _, pullback = torch.func.vjp(of_tensors, *(inputs[i] for i in present))
+            pullback = torch.func.vjp(of_tensors, *(inputs[i] for i in present))[1]
             computed = pullback(grads[0] if outputs == 1 else tuple(grads))
         full: list[Tensor | None] = [None] * len(inputs)
         for i, value in zip(present, computed, strict=True):

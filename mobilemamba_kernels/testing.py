@@ -330,6 +330,19 @@ def _feed_forward(
     return Case("feed_forward", name, arguments | (biases if bias else {}), options, benchmark)
 
 
+BUILDERS: dict[str, Callable[..., Case]] = {
+    "selective_scan_fn": _selective_scan,
+    "bidirectional_selective_scan": _bidirectional,
+    "ss2d_bidirectional": _ss2d,
+    "haar_dwt2d": _dwt,
+    "haar_idwt2d": _idwt,
+    "wavelet_depthwise_conv2d": _wavelet,
+    "depthwise_conv2d_act": _depthwise,
+    "pointwise_conv2d_act": _pointwise,
+    "feed_forward": _feed_forward,
+}
+"""What builds a case of each operator from its sizes: the table below, and fuzzing."""
+
 CASES: tuple[Case, ...] = (
     _selective_scan(1, 1, 1, 1),
     _selective_scan(2, 5, 7, 1, has="Dzbsl"),

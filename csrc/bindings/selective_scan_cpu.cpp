@@ -66,7 +66,8 @@ SelectiveScanParams scan_params(const Tensor& u, const Tensor& delta, const Tens
   p.B_varies = B.dim() > 2, p.C_varies = C.dim() > 2;
   const int64_t B_groups = B.dim() == 4 ? B.size(1) : 1, C_groups = C.dim() == 4 ? C.size(1) : 1;
   p.groups = std::max<int64_t>(1, std::lcm(B_groups, C_groups));
-  STD_TORCH_CHECK(p.dim % p.groups == 0, "mobilemamba: dim must be a multiple of the groups of B and of C");
+  STD_TORCH_CHECK(p.dim == 0 || (p.dim % p.groups == 0 && B_groups > 0 && C_groups > 0),
+                  "mobilemamba: dim must be a multiple of the groups of B and of C");
   p.B_group = p.groups / std::max<int64_t>(1, B_groups), p.C_group = p.groups / std::max<int64_t>(1, C_groups);
   p.D = vector(D), p.delta_bias = vector(delta_bias);
   return p;

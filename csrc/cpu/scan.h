@@ -4,7 +4,7 @@
 //   int64_t length, state, directions; bool shared_u;
 //   void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count);  // u = nullptr: it is kept for k = 1 if shared
 //   Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count), C(the same);
-//   Vec A(int64_t k, int64_t n), D(int64_t k);
+//   Vec A(int64_t k, int64_t n), D(int64_t k);  bool skips();  // whether there is a D
 #pragma once
 
 #include "cpu/tile.h"
@@ -81,9 +81,10 @@ static void scan_forward(const Source& source, const ScanScratch& s, Output outp
     const int64_t count = source.length - start < kScanChunk ? source.length - start : kScanChunk;
     for (int64_t k = 0; k < source.directions; ++k) {
       source.inputs(k == 1 && source.shared_u ? nullptr : s.u, s.dt, k, start, count);
-      const Vec d = source.D(k);
+      const bool skips = source.skips();  // an absent D is not D = 0: 0 · infinity is NaN
+      const Vec d = skips ? source.D(k) : Vec{};
       for (int64_t l = 0; l < count; ++l) {
-        const Vec skip = d * load(s.u + l * kLanes);
+        const Vec skip = skips ? d * load(s.u + l * kLanes) : d;
         store(s.y + l * kLanes, k == 0 ? skip : load(s.y + l * kLanes) + skip);
       }
       float* h = k == 0 ? s.up : s.down + start / kScanChunk * size;

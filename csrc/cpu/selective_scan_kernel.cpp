@@ -37,6 +37,7 @@ struct TensorSource {
     return t ? load_lanes(t.at(0, k, x.channel, n, 0), t.channel, x.channels) : Vec{};
   }
   Vec A(int64_t k, int64_t n) const { return lanes(p.A, k, n); }
+  bool skips() const { return static_cast<bool>(p.D); }
   Vec D(int64_t k) const { return lanes(p.D, k, 0); }
   Coefficient coefficient(float* row, const ScanTensor& t, bool varies, int64_t group, int64_t k, int64_t n,
                           int64_t start, int64_t count) const {
@@ -159,7 +160,7 @@ static void backward_chunk(const TensorSource& source, const BackwardScratch& s,
       ddt *= select(raw > 20.0f, splat(1.0f), sigmoid(raw));
     }
     store(s.ddt + l * kLanes, ddt);
-    store(s.du + l * kLanes, load(s.du + l * kLanes) + skip * dy);
+    if (source.skips()) store(s.du + l * kLanes, load(s.du + l * kLanes) + skip * dy);
     dd += dy * load(s.u + l * kLanes);
     dbias += ddt;
   }

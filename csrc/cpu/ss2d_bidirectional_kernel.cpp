@@ -59,6 +59,7 @@ struct ProjectedSource {
     return p.projected + ((image - p.first_image) * p.length + start) * p.columns + k * (p.rank + 2 * p.state) + i;
   }
   Vec A(int64_t k, int64_t n) const { return load(p.A + (k * p.state + n) * p.padded_dim + channel); }
+  bool skips() const { return true; }
   Vec D(int64_t k) const { return load(p.D + k * p.padded_dim + channel); }
   Coefficient gather(float* row, const float* from, int64_t count) const {
     for (int64_t l = 0; l < count; ++l) row[l] = from[l * p.columns];

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_tensors(op: str, **tensors: Tensor | None) -> None:
+def check_tensors(op: str, required: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None) -> None:
     """Check that every given tensor is real floating point and lies on the device of the first.
 
     Raises:
         TypeError: not a tensor, or not float16, bfloat16, float32 or float64.
         ValueError: tensors on different devices.
     """
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if tensor is None and tensor is not first:
-            continue
+    given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    first_name, first = next(iter(required.items()))
+    for name, tensor in (required | given).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
@@ -57,15 +58,32 @@ def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...
         raise ValueError(f"{op}: {name} must have shape ({dims}) = {shape}; got {tuple(tensor.shape)}")
 
 
+def check_integer(op: str, name: str, value: int, least: int) -> None:
+    """Check that ``value`` is an integer, at least ``least``.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: too small, or too large for any tensor.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{op}: {name} must be at least {least} and below 2³¹; got {value}")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an operator computes in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast to autocast's dtype where autocast is on for the device of the first, as PyTorch's convolutions do."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
+
+
+def autocast(tensor: _OptionalTensor) -> _OptionalTensor:
+    """Cast to autocast's dtype where autocast is on for the tensor's device, as PyTorch's convolutions do."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))

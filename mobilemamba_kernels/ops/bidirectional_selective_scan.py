@@ -46,7 +46,7 @@ def bidirectional_selective_scan(
         ValueError: shapes or devices do not fit together.
     """
     op = "bidirectional_selective_scan"
-    check_tensors(op, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_tensors(op, {"u": u, "delta": delta, "A": A, "B": B, "C": C}, {"D": D, "z": z, "delta_bias": delta_bias})
     if u.ndim not in (3, 4):
         raise ValueError(f"{op}: u must have shape (batch, dim, L) or (batch, 2, dim, L); got {tuple(u.shape)}")
     batch, dim, length = u.shape[0], u.shape[-2], u.shape[-1]
@@ -62,7 +62,7 @@ def bidirectional_selective_scan(
     check_shape(op, "D", D, (2, dim), "2, dim")
     check_shape(op, "z", z, (batch, dim, length), "batch, dim, L")
     check_shape(op, "delta_bias", delta_bias, (2, dim), "2, dim")
-    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    args = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
     if choose(op, u, delta, A, B, C, D, z, delta_bias) == "reference":
         return _reference(*args)
     return _operator(*args)

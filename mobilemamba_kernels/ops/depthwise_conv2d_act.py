@@ -9,7 +9,14 @@ from torch import Tensor
 from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops._activations import activate, check_activation
-from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
+from mobilemamba_kernels.ops._checks import (
+    accumulate_dtype,
+    autocast,
+    check_dims,
+    check_integer,
+    check_shape,
+    check_tensors,
+)
 
 
 def depthwise_conv2d_act(
@@ -41,7 +48,7 @@ def depthwise_conv2d_act(
         ValueError: shapes, devices, stride, padding or activation do not fit.
     """
     op = "depthwise_conv2d_act"
-    check_tensors(op, x=x, weight=weight, bias=bias, residual=residual)
+    check_tensors(op, {"x": x, "weight": weight}, {"bias": bias, "residual": residual})
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
     check_dims(op, "weight", weight, "C, 1, k, k")
@@ -50,13 +57,14 @@ def depthwise_conv2d_act(
     check_shape(op, "weight", weight, (channels, 1, k, k), "C, 1, k, k")
     check_shape(op, "bias", bias, (channels,), "C")
     padding = k // 2 if padding is None else padding
-    if k < 1 or stride < 1 or padding < 0:
-        raise ValueError(f"{op}: k and stride must be at least 1, padding at least 0; got {k}, {stride} and {padding}")
+    check_integer(op, "k", k, 1)
+    check_integer(op, "stride", stride, 1)
+    check_integer(op, "padding", padding, 0)
     if height + 2 * padding < k or width + 2 * padding < k:
         raise ValueError(f"{op}: the padded input must be at least {k}×{k}; got {height}×{width}, padding {padding}")
     out_shape = (batch, channels, *((n + 2 * padding - k) // stride + 1 for n in (height, width)))
     check_shape(op, "residual", residual, out_shape, "batch, C, H', W'")
-    x, residual = autocast(x, residual)
+    x, residual = autocast(x), autocast(residual)
     args = (x, weight, bias, stride, padding, activation, residual)
     return _reference(*args) if choose(op, x, weight, bias, residual) == "reference" else _operator(*args)
 
@@ -72,8 +80,11 @@ def _reference(
 ) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
     bias = None if bias is None else bias.to(dtype)
+    wide = x.to(dtype)
+    if 0 in x.shape[2:]:  # conv2d refuses a map without positions, though its padding has some
+        wide, padding = F.pad(wide, (padding,) * 4), 0
     if x.shape[1]:
-        y = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, groups=x.shape[1])
+        y = F.conv2d(wide, weight.to(dtype), bias, stride, padding, groups=x.shape[1])
     else:  # conv2d refuses a map without channels
         y = _fake(x, weight, bias, stride, padding, activation, residual).to(dtype) + x.sum() * weight.sum()
     y = activate(y, activation)

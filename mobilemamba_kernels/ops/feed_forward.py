@@ -34,7 +34,7 @@ def feed_forward(
         ValueError: shapes, devices or the activation do not fit.
     """
     op = "feed_forward"
-    check_tensors(op, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    check_tensors(op, {"x": x, "w1": w1, "w2": w2}, {"b1": b1, "b2": b2})
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
     check_dims(op, "w1", w1, "M, C")
@@ -43,7 +43,7 @@ def feed_forward(
     check_shape(op, "b1", b1, (hidden,), "M")
     check_shape(op, "w2", w2, (channels, hidden), "C, M")
     check_shape(op, "b2", b2, (channels,), "C")
-    (x,) = autocast(x)
+    x = autocast(x)
     args = (x, w1, b1, w2, b2, activation)
     return _reference(*args) if choose(op, x, w1, b1, w2, b2) == "reference" else _operator(*args)
 

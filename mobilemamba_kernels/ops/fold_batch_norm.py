@@ -34,17 +34,12 @@ def fold_batch_norm(
         ValueError: shapes or devices do not fit together.
     """
     op = "fold_batch_norm"
-    vectors = {
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "bn_weight": bn_weight,
-        "bn_bias": bn_bias,
-    }
-    check_tensors(op, weight=weight, **vectors)
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    optional = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias}
+    check_tensors(op, {"weight": weight} | statistics, optional)
     if weight.ndim < 1:
         raise ValueError(f"{op}: weight must have shape (O, …); got {tuple(weight.shape)}")
-    for name, vector in vectors.items():
+    for name, vector in (statistics | optional).items():
         check_shape(op, name, vector, (weight.shape[0],), "O")
     scale = torch.rsqrt(running_var.double() + eps)
     if bn_weight is not None:

@@ -28,7 +28,7 @@ def haar_dwt2d(x: Tensor) -> Tensor:
         TypeError: ``x`` is no real floating-point tensor.
         ValueError: ``x`` has another rank.
     """
-    check_tensors("haar_dwt2d", x=x)
+    check_tensors("haar_dwt2d", {"x": x})
     check_dims("haar_dwt2d", "x", x, "batch, C, H, W")
     return _reference(x) if choose("haar_dwt2d", x) == "reference" else _operator(x)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
-from mobilemamba_kernels.ops._checks import check_dims, check_tensors
+from mobilemamba_kernels.ops._checks import check_dims, check_integer, check_tensors
 
 
 def haar_idwt2d(bands: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -25,12 +25,16 @@ def haar_idwt2d(bands: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         ValueError: the shape or ``size`` does not fit.
     """
     op = "haar_idwt2d"
-    check_tensors(op, bands=bands)
+    check_tensors(op, {"bands": bands})
     check_dims(op, "bands", bands, "batch, C, 4, h, w")
     if bands.shape[2] != 4:
         raise ValueError(f"{op}: bands must have 4 bands in dimension 2; got {tuple(bands.shape)}")
     h, w = bands.shape[3:]
+    if size is not None and len(size) != 2:
+        raise ValueError(f"{op}: size must be (H, W); got {size!r}")
     height, width = (2 * h, 2 * w) if size is None else size
+    check_integer(op, "H of size", height, 0)
+    check_integer(op, "W of size", width, 0)
     if (height + 1) // 2 != h or (width + 1) // 2 != w:
         raise ValueError(
             f"{op}: size must be (H, W) with ⌈H/2⌉ = {h} and ⌈W/2⌉ = {w}, as the bands are; got ({height}, {width})"

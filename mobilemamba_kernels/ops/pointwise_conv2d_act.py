@@ -37,7 +37,7 @@ def pointwise_conv2d_act(
         ValueError: shapes, devices or activations do not fit.
     """
     op = "pointwise_conv2d_act"
-    check_tensors(op, x=x, weight=weight, bias=bias, residual=residual)
+    check_tensors(op, {"x": x, "weight": weight}, {"bias": bias, "residual": residual})
     check_activation(op, "activation", activation)
     check_activation(op, "input_activation", input_activation)
     check_dims(op, "x", x, "batch, C, H, W")
@@ -46,7 +46,7 @@ def pointwise_conv2d_act(
     check_shape(op, "weight", weight, (weight.shape[0], channels), "O, C")
     check_shape(op, "bias", bias, (weight.shape[0],), "O")
     check_shape(op, "residual", residual, (batch, weight.shape[0], height, width), "batch, O, H, W")
-    x, residual = autocast(x, residual)
+    x, residual = autocast(x), autocast(residual)
     args = (x, weight, bias, activation, residual, input_activation)
     return _reference(*args) if choose(op, x, weight, bias, residual) == "reference" else _operator(*args)
 

@@ -52,7 +52,7 @@ def selective_scan_fn(
         ValueError: shapes or devices do not fit together.
     """
     _check("selective_scan_fn", u, delta, A, B, C, D, z, delta_bias)
-    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    args = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
     if choose("selective_scan", u, delta, A, B, C, D, z, delta_bias) == "reference":
         out, last = _reference(*args)
     else:
@@ -89,7 +89,7 @@ def _check(
     z: Tensor | None,
     delta_bias: Tensor | None,
 ) -> None:
-    check_tensors(op, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_tensors(op, {"u": u, "delta": delta, "A": A, "B": B, "C": C}, {"D": D, "z": z, "delta_bias": delta_bias})
     check_dims(op, "u", u, "batch, dim, L")
     check_dims(op, "A", A, "dim, N")
     batch, dim, length = u.shape

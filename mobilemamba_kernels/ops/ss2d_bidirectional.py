@@ -51,18 +51,16 @@ def ss2d_bidirectional(
         ValueError: shapes or devices do not fit together.
     """
     op = "ss2d_bidirectional"
-    check_tensors(
-        op,
-        x=x,
-        z=z,
-        x_proj_weight=x_proj_weight,
-        dt_proj_weight=dt_proj_weight,
-        dt_proj_bias=dt_proj_bias,
-        A_log=A_log,
-        D=D,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-    )
+    parameters = {
+        "x_proj_weight": x_proj_weight,
+        "dt_proj_weight": dt_proj_weight,
+        "dt_proj_bias": dt_proj_bias,
+        "A_log": A_log,
+        "D": D,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+    }
+    check_tensors(op, {"x": x} | parameters, {"z": z})
     check_dims(op, "x", x, "batch, d, H, W")
     check_dims(op, "dt_proj_weight", dt_proj_weight, "2, d, r")
     check_dims(op, "A_log", A_log, "2, d, N")
@@ -76,7 +74,7 @@ def ss2d_bidirectional(
     check_shape(op, "D", D, (2, d), "2, d")
     check_shape(op, "norm_weight", norm_weight, (d,), "d")
     check_shape(op, "norm_bias", norm_bias, (d,), "d")
-    x, z = autocast(x, z)
+    x, z = autocast(x), autocast(z)
     args = (x, z, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, norm_weight, norm_bias, eps)
     if choose(op, *args[:-1]) == "reference":
         return _reference(*args)
@@ -136,13 +134,13 @@ def _cpu_backward(
 ) -> list[Tensor | None]:
     """The reference's gradient with the scan, forward and backward, in its kernels."""
     with torch.enable_grad():
-        inputs, pull_inputs = torch.func.vjp(_project, x, x_proj_weight, dt_proj_weight, A_log)
+        inputs, pull_inputs = torch.func.vjp(_project, x, x_proj_weight, dt_proj_weight, A_log)[:2]
         parameters = (D, None, dt_proj_bias, True)
         y = torch.ops.mobilemamba.bidirectional_selective_scan_fwd(*inputs, *parameters)
         gate = () if z is None else (z,)
-        _, pull_y = torch.func.vjp(
+        pull_y = torch.func.vjp(
             lambda y, w, b, *z: _normalize(y, x, z[0] if z else None, w, b, eps), y, norm_weight, norm_bias, *gate
-        )
+        )[1]
         grad_y, grad_norm_weight, grad_norm_bias, *grad_z = pull_y(grad)
         *grad_inputs, grad_D, _, grad_dt_proj_bias = torch.ops.mobilemamba.bidirectional_selective_scan_bwd(
             grad_y, *inputs, *parameters

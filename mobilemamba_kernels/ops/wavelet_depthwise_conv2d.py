@@ -44,9 +44,8 @@ def wavelet_depthwise_conv2d(
     scales = [scale] * len(weights) if scale is None or isinstance(scale, Tensor) else list(scale)
     if not weights or len(scales) != len(weights):
         raise ValueError(f"{op}: weight and scale must have one entry a level; got {len(weights)} and {len(scales)}")
-    x, base = autocast(x, base) if isinstance(x, Tensor) else (x, base)
     for w, s in zip(weights, scales, strict=True):
-        check_tensors(op, x=x, weight=w, scale=s, base=base)
+        check_tensors(op, {"x": x, "weight": w}, {"scale": s, "base": base})
         check_dims(op, "x", x, "batch, C, H, W")
         channels = x.shape[1]
         check_dims(op, "weight", w, "4C, 1, k, k")
@@ -58,6 +57,7 @@ def wavelet_depthwise_conv2d(
         elif s is not None:
             check_shape(op, "scale", s, (4 * channels,), "4C")
     check_shape(op, "base", base, tuple(x.shape), "batch, C, H, W")
+    x, base = autocast(x), autocast(base)
     scales = [None if s is None else s.flatten() for s in scales]
     run = _reference if choose(op, x, base, *weights, *scales) == "reference" else _operator
     if len(weights) == 1:

@@ -140,7 +140,8 @@ def wavelet_with_convolutions(
 @functools.cache
 def _haar_filters(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     signs = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
-    return (torch.tensor(signs, dtype=dtype, device=device) / 2).unsqueeze(1).repeat(channels, 1, 1, 1)
+    with torch.inference_mode(False):  # normal tensors for every caller, also when the first one is in that mode
+        return (torch.tensor(signs, dtype=dtype, device=device) / 2).unsqueeze(1).repeat(channels, 1, 1, 1)
 
 
 PEERS: dict[str, Callable[..., Tensor]] = {"wavelet_depthwise_conv2d": wavelet_with_convolutions}

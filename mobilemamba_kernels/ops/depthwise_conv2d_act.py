@@ -80,11 +80,11 @@ def _reference(
 ) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
     bias = None if bias is None else bias.to(dtype)
-    wide = x.to(dtype)
+    wide, border = x.to(dtype), padding
     if 0 in x.shape[2:]:  # conv2d refuses a map without positions, though its padding has some
-        wide, padding = F.pad(wide, (padding,) * 4), 0
+        wide, border = F.pad(wide, (padding,) * 4), 0
     if x.shape[1]:
-        y = F.conv2d(wide, weight.to(dtype), bias, stride, padding, groups=x.shape[1])
+        y = F.conv2d(wide, weight.to(dtype), bias, stride, border, groups=x.shape[1])
     else:  # conv2d refuses a map without channels
         y = _fake(x, weight, bias, stride, padding, activation, residual).to(dtype) + x.sum() * weight.sum()
     y = activate(y, activation)

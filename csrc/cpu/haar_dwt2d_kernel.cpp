@@ -51,15 +51,14 @@ void haar_dwt2d(const HaarParams& p, int64_t begin, int64_t end) {
       });
       continue;
     }
-    for_tiles(p, at, [&](const Map& from, Map to, int64_t rows, int64_t columns) {
-      Pixels pixels = read_pixels(tile, from, at.channels, rows, columns);
-      for (int64_t y = 0; y < rows; y += 2) {
-        forward_row(bands + y / 2 * half(columns) * kLanes, kHaarTile * kLanes, pixels, smaller(2, rows - y), columns,
-                    halve);
-        pixels.elements = pixels.elements + 2 * pixels.row;
-      }
-      for (int b = 0; b < 4; ++b, to.elements = to.elements + p.band)
-        write_pixels(bands + b * kHaarTile * kLanes, to, at.channels, half(rows), half(columns));
+    for_tiles(p, at, [&](Elements from, Elements to, int64_t rows, int64_t columns) {
+      with_input(tile, from, p.pixels, at.channels, rows, columns, [&](auto in) ALWAYS_INLINE {
+        for (int64_t y = 0; y < rows; y += 2, in.data += 2 * in.row)
+          forward_row(bands + y / 2 * half(columns) * kLanes, kHaarTile * kLanes, in, smaller(2, rows - y), columns,
+                      halve);
+      });
+      for (int b = 0; b < 4; ++b)
+        store_pixels(bands + b * kHaarTile * kLanes, to + b * p.band, p.bands, at.channels, half(rows), half(columns));
     });
   }
 }

@@ -44,19 +44,14 @@ void haar_idwt2d(const HaarParams& p, int64_t begin, int64_t end) {
       });
       continue;
     }
-    for_tiles(p, at, [&](const Map& to, Map from, int64_t rows, int64_t columns) {
-      for (int b = 0; b < 4; ++b, from.elements = from.elements + p.band)
-        for_stretches(bands + b * kHaarTile * kLanes, from, half(rows), half(columns),
-                      [&](float* here, Elements elements, int64_t positions) {
-                        load_tile(here, elements, from.channel, from.column, at.channels, positions);
-                      });
-      Pixels pixels = in_place(to) ? Pixels{to.elements, to.row, to.column, at.channels} : tile_pixels(tile, columns);
-      for (int64_t y = 0; y < rows; y += 2) {
-        inverse_row(pixels, bands + y / 2 * half(columns) * kLanes, kHaarTile * kLanes, smaller(2, rows - y), columns,
-                    [](Vec value, int64_t, int64_t) { return halve(value); });
-        pixels.elements = pixels.elements + 2 * pixels.row;
-      }
-      if (!in_place(to)) write_pixels(tile, to, at.channels, rows, columns);
+    for_tiles(p, at, [&](Elements to, Elements from, int64_t rows, int64_t columns) {
+      for (int b = 0; b < 4; ++b)
+        load_pixels(bands + b * kHaarTile * kLanes, from + b * p.band, p.bands, at.channels, half(rows), half(columns));
+      with_output(tile, to, p.pixels, at.channels, rows, columns, [&](auto out) ALWAYS_INLINE {
+        for (int64_t y = 0; y < rows; y += 2, out.data += 2 * out.row)
+          inverse_row(out, bands + y / 2 * half(columns) * kLanes, kHaarTile * kLanes, smaller(2, rows - y), columns,
+                      [](Vec value, int64_t, int64_t, int64_t) { return halve(value); });
+      });
     });
   }
 }

@@ -116,6 +116,8 @@ struct Correlate {
   }
 };
 
+INLINE bool has_segments(int64_t taps) { return taps == 3 || taps == 5 || taps == 7; }
+
 using Segment = void (*)(const Window&, const float*, float*);
 
 // A segment that is not at the right edge is a whole one.
@@ -159,58 +161,68 @@ static Part part(const Params& p, int64_t block, int64_t unit) {
           smaller(left + kWaveletColumns, width)};
 }
 
-// One thread's scratch, and the rows of the part that it works on.
+// One thread's scratch.
 struct Scratch {
   const Params& p;
-  int64_t columns = wavelet_columns(p), row = columns * kLanes, band = p.tap_rows * row;
-  float* weights = p.scratch;                                       // [band][tap][lane]
-  float* ring = weights + 4 * p.tap_rows * p.tap_columns * kLanes;  // [band][row % tap_rows][column][lane]
-  float* result = ring + 4 * band;                                  // [band][column][lane]
-  float* tile = result + 4 * row;                                   // two rows of pixels
+  int64_t columns = wavelet_columns(p), row = columns * kLanes;
+  int64_t slots = wavelet_slots(p), band = slots * row, result_band = kWaveletGroup * row;
+  float* weights = p.scratch;                                                 // [band][tap][lane]
+  float* ring = weights + 4 * p.tap_rows * p.tap_columns * kLanes;            // [band][row % slots][column][lane]
+  float* result = ring + 4 * band;                                            // [band][row of the group][column][lane]
+  float* tile = result + 4 * result_band;                                     // two rows of pixels
+  bool edges_met = half(p.width) > kSegment || !has_segments(p.tap_columns);  // the zeros beside the image are read
 
   // Rows of pixels that band row y has.
   int64_t rows(int64_t y) const { return smaller(2, p.height - 2 * y); }
 
-  // Transforms the columns of a row that the part itself has, or also those that its taps meet.
+  // Transforms the columns of a row that the part itself has, and as many on either side as its taps meet.
   void transform(float* out, int64_t band_stride, const Map& map, const Part& at, int64_t y, int64_t margin) const {
     const int64_t begin = larger(0, at.left - margin), end = smaller(half(p.width), at.right + margin);
-    const int64_t pixels = smaller(p.width, 2 * end) - 2 * begin, last = at.right + margin;
-    Map here = map;
-    here.elements = map.at(at.image, at.channel, 2 * y, 2 * begin);
+    const int64_t pixels = smaller(p.width, 2 * end) - 2 * begin;
     float* to = out + (begin - (at.left - margin)) * kLanes;
-    forward_row(to, band_stride, read_pixels(tile, here, at.channels, rows(y), pixels), rows(y), pixels,
-                [](Vec value) { return value; });
+    with_input(tile, map.at(at.image, at.channel, 2 * y, 2 * begin), map, at.channels, rows(y), pixels,
+               [&](auto in) ALWAYS_INLINE {
+                 forward_row(to, band_stride, in, rows(y), pixels, [](Vec value) { return value; });
+               });
+    if (!edges_met) return;
     for (int b = 0; b < 4; ++b) {
       float* edge = out + b * band_stride;
       for (float* zero = edge; zero < to + b * band_stride; zero += kLanes) store(zero, Vec{});
-      for (int64_t x = end; x < last; ++x) store(edge + (x - at.left + margin) * kLanes, Vec{});
+      for (int64_t x = end; x < at.right + margin; ++x) store(edge + (x - at.left + margin) * kLanes, Vec{});
     }
   }
 
-  // Runs f(segment of Work, window, band, first column, first row of taps) over a row whose neighbours are in the ring.
+  // Runs f(top, bottom) for every group of the part's rows, with the band rows of x around them in the ring.
+  template <class F>
+  void for_groups(const Part& at, F f) const {
+    const int64_t pad = p.tap_rows / 2, last = smaller(half(p.height), at.bottom + pad);
+    int64_t next = larger(0, at.top - pad);
+    for (int64_t y = at.top; y < at.bottom; y += kWaveletGroup) {
+      const int64_t bottom = smaller(y + kWaveletGroup, at.bottom);
+      for (; next < smaller(last, bottom + pad); ++next)
+        transform(ring + next % slots * row, band, p.x, at, next, p.tap_columns / 2);
+      f(y, bottom);
+    }
+  }
+
+  // Runs f(segment of Work, window, result, first tap) for every segment of a group's rows. The rows are innermost: a
+  // band's taps stay in the first level of cache.
   template <class Work, class F>
-  void for_segments(const Part& at, int64_t y, F f) const {
-    const int64_t pad = p.tap_rows / 2, begin = larger(0, y - pad), end = smaller(half(p.height), y + pad + 1);
-    Window window{nullptr, row, end - begin, p.tap_rows - begin % p.tap_rows, band, p.tap_columns};
+  void for_segments(const Part& at, int64_t top, int64_t bottom, F f) const {
+    const int64_t pad = p.tap_rows / 2, height = half(p.height), first_slot = larger(0, top - pad) % slots;
     for (int b = 0; b < 4; ++b) {
       for (int64_t x = at.left; x < at.right; x += kSegment) {
         const int64_t count = smaller(kSegment, at.right - x);
-        window.in = ring + b * band + begin % p.tap_rows * row + (x - at.left + p.tap_columns / 2) * kLanes;
-        f(segment<Work>(p.tap_columns, count, x == 0, x + count == half(p.width)), window, b, x - at.left,
-          begin - (y - pad));
+        const Segment run = segment<Work>(p.tap_columns, count, x == 0, x + count == half(p.width));
+        const float* column = ring + b * band + (x - at.left + p.tap_columns / 2) * kLanes;
+        float* out = result + b * result_band + (x - at.left) * kLanes;
+        for (int64_t y = top, slot = first_slot; y < bottom; ++y, out += row) {
+          const int64_t begin = larger(0, y - pad), end = smaller(height, y + pad + 1);
+          f(run, Window{column + slot * row, row, end - begin, slots - slot, band, p.tap_columns}, out,
+            (b * p.tap_rows + begin - (y - pad)) * p.tap_columns * kLanes);
+          if (y >= pad) slot = slot + 1 == slots ? 0 : slot + 1;
+        }
       }
-    }
-  }
-
-  // Runs f(y) for every row of the part, with the band rows of x around it in the ring.
-  template <class F>
-  void for_rows_of(const Part& at, F f) const {
-    const int64_t pad = p.tap_rows / 2;
-    int64_t next = larger(0, at.top - pad);
-    for (int64_t y = at.top; y < at.bottom; ++y) {
-      for (; next < smaller(half(p.height), y + pad + 1); ++next)
-        transform(ring + next % p.tap_rows * row, band, p.x, at, next, p.tap_columns / 2);
-      f(y);
     }
   }
 };
@@ -218,10 +230,12 @@ struct Scratch {
 // Calls f(tile, first element, positions) for the stretches of a block's taps.
 template <class F>
 INLINE void for_taps(float* tile, const Map& weight, const Params& p, int64_t channel, F f) {
-  Map taps{weight.at(0, 4 * channel, 0, 0), 0, 4 * weight.channel, weight.row, weight.column};
-  if (weight.channel == p.tap_rows * weight.row) return for_stretches(tile, taps, 4 * p.tap_rows, p.tap_columns, f);
-  for (int b = 0; b < 4; ++b, taps.elements = taps.elements + weight.channel)
-    for_stretches(tile + b * p.tap_rows * p.tap_columns * kLanes, taps, p.tap_rows, p.tap_columns, f);
+  const Elements taps = weight.at(0, 4 * channel, 0, 0);
+  if (weight.channel == p.tap_rows * weight.row)
+    return for_stretches(tile, taps, weight, 4 * p.tap_rows, p.tap_columns, f);
+  for (int b = 0; b < 4; ++b)
+    for_stretches(tile + b * p.tap_rows * p.tap_columns * kLanes, taps + b * weight.channel, weight, p.tap_rows,
+                  p.tap_columns, f);
 }
 static void read_taps(float* tile, const Params& p, int64_t channel, int64_t channels) {
   for_taps(tile, p.weight, p, channel, [&](float* to, Elements from, int64_t count) {
@@ -240,33 +254,30 @@ static void read_weights(float* weights, const Params& p, int64_t channel, int64
   const int64_t taps = p.tap_rows * p.tap_columns;
   for (int b = 0; b < 4; ++b, weights += taps * kLanes) {
     const Vec scale = read_scale(p, channel, channels, b) * kNormalization;
-    for (int64_t i = 0, j = taps - 1; i <= j; ++i, --j) {
-      const Vec first = load(weights + i * kLanes) * scale, last = load(weights + j * kLanes) * scale;
-      store(weights + i * kLanes, p.reverse ? last : first);
-      store(weights + j * kLanes, p.reverse ? first : last);
+    for (int64_t i = 0; i < taps; ++i) store(weights + i * kLanes, load(weights + i * kLanes) * scale);
+    for (int64_t i = 0, j = taps - 1; p.reverse && i < j; ++i, --j) {
+      const Vec first = load(weights + i * kLanes), last = load(weights + j * kLanes);
+      store(weights + i * kLanes, last), store(weights + j * kLanes, first);
     }
   }
 }
 
-static void write_row(const Scratch& s, const Part& at, int64_t y) {
+static void write_row(const Scratch& s, const float* result, const Part& at, int64_t y) {
   const Params& p = s.p;
-  const int64_t rows = s.rows(y), columns = smaller(p.width, 2 * at.right) - 2 * at.left;
-  Map out = p.out, base = p.base;
-  out.elements = out.at(at.image, at.channel, 2 * y, 2 * at.left);
-  const Pixels to =
-      in_place(out) ? Pixels{out.elements, out.row, out.column, at.channels} : tile_pixels(s.tile, columns);
-  if (base.elements) {
-    base.elements = base.at(at.image, at.channel, 2 * y, 2 * at.left);
-    const Pixels from = read_pixels(s.tile, base, at.channels, rows, columns);
-    with_type(from.elements, [&](const auto* b) {
-      inverse_row(to, s.result, s.row, rows, columns, [&](Vec value, int64_t row, int64_t column) {
-        return value + load_some(b + row * from.row + column * from.column, from.channels);
-      });
+  const int64_t rows = s.rows(y), columns = smaller(p.width, 2 * at.right) - 2 * at.left, band = s.result_band;
+  const auto first = [&](const Map& map) { return map.at(at.image, at.channel, 2 * y, 2 * at.left); };
+  with_output(s.tile, first(p.out), p.out, at.channels, rows, columns, [&](auto out) ALWAYS_INLINE {
+    if (!p.base.elements)
+      return inverse_row(out, result, band, rows, columns, [](Vec value, int64_t, int64_t, int64_t) { return value; });
+    // Where both go by way of the tile it is the same: each pixel is read, then written.
+    with_input(s.tile, first(p.base), p.base, at.channels, rows, columns, [&](auto base) ALWAYS_INLINE {
+      out.channels = smaller(out.channels, base.channels);
+      inverse_row(out, result, band, rows, columns,
+                  [=](Vec value, int64_t row, int64_t column, int64_t channels) ALWAYS_INLINE {
+                    return value + load_some(base.data + row * base.row + column * base.column, channels);
+                  });
     });
-  } else {
-    inverse_row(to, s.result, s.row, rows, columns, [](Vec value, int64_t, int64_t) { return value; });
-  }
-  if (!in_place(out)) write_pixels(s.tile, out, at.channels, rows, columns);
+  });
 }
 
 }  // namespace
@@ -278,12 +289,11 @@ void wavelet_depthwise_conv2d_fwd(const Params& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const Part at = part(p, item / units, item % units);
     if (item == begin || item % units == 0) read_weights(s.weights, p, at.channel, at.channels);
-    s.for_rows_of(at, [&](int64_t y) {
-      s.for_segments<Filter>(at, y, [&](Segment filter, const Window& window, int b, int64_t x, int64_t tap_row) {
-        filter(window, s.weights + (b * p.tap_rows + tap_row) * p.tap_columns * kLanes,
-               s.result + b * s.row + x * kLanes);
+    s.for_groups(at, [&](int64_t top, int64_t bottom) {
+      s.for_segments<Filter>(at, top, bottom, [&](Segment filter, const Window& window, float* out, int64_t tap) {
+        filter(window, s.weights + tap, out);
       });
-      write_row(s, at, y);
+      for (int64_t y = top; y < bottom; ++y) write_row(s, s.result + (y - top) * s.row, at, y);
     });
   }
 }
@@ -311,12 +321,14 @@ void wavelet_depthwise_conv2d_bwd(const Params& p, int64_t begin, int64_t end) {
     };
     for (int64_t unit = units * group / p.groups; unit < units * (group + 1) / p.groups; ++unit) {
       const Part at = part(p, block, unit);
-      s.for_rows_of(at, [&](int64_t y) {
-        s.transform(s.result, s.row, p.grad, at, y, 0);
-        s.for_segments<Correlate>(at, y, [&](Segment correlate, const Window& window, int b, int64_t x, int64_t row) {
-          correlate(window, s.result + b * s.row + x * kLanes, sums + (b * p.tap_rows + row) * p.tap_columns * kLanes);
-        });
-        terms += at.right - at.left;
+      s.for_groups(at, [&](int64_t top, int64_t bottom) {
+        for (int64_t y = top; y < bottom; ++y)
+          s.transform(s.result + (y - top) * s.row, s.result_band, p.grad, at, y, 0);
+        s.for_segments<Correlate>(at, top, bottom,
+                                  [&](Segment correlate, const Window& window, float* in, int64_t tap) {
+                                    correlate(window, in, sums + tap);
+                                  });
+        terms += (bottom - top) * (at.right - at.left);
         if (terms >= kTerms) add_up();
       });
     }

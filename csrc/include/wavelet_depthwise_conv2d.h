@@ -42,10 +42,16 @@ inline int64_t wavelet_columns(const WaveletDepthwiseConv2dParams& p) {
   return (width < kWaveletColumns ? width : kWaveletColumns) + p.tap_columns - 1;
 }
 
-// Floats of one thread's scratch; the kernel lays them out: weights, a ring of band rows, a row of results, two of
-// pixels.
+// Rows are filtered in groups of this many. Scratch holds the band rows that a group's taps meet.
+constexpr int64_t kWaveletGroup = 8;
+inline int64_t wavelet_slots(const WaveletDepthwiseConv2dParams& p) {
+  const int64_t met = kWaveletGroup + p.tap_rows - 1, height = half(p.height);
+  return met < height ? met : height;
+}
+
+// Floats of one thread's scratch; the kernel lays them out: weights, band rows, a group's results, two rows of pixels.
 inline int64_t wavelet_scratch(const WaveletDepthwiseConv2dParams& p, int64_t lanes) {
-  return 4 * lanes * (p.tap_rows * p.tap_columns + (p.tap_rows + 2) * wavelet_columns(p));
+  return 4 * lanes * (p.tap_rows * p.tap_columns + (wavelet_slots(p) + kWaveletGroup + 1) * wavelet_columns(p));
 }
 
 }  // namespace mobilemamba

@@ -25,16 +25,13 @@ except ImportError as error:
     )
 
 LIBRARY = torch.library.Library("mobilemamba", "FRAGMENT")
-OPERATORS: list[str] = []
-"""Names of the declared operators, in order of declaration."""
+KERNELS: dict[str, tuple[str, ...]] = {}
+"""The declared operators, each with the types of device that have a kernel for its forward.
+
+Asked of the dispatcher once, when an operator is declared: torch.compile cannot trace the question.
+"""
 
 _Function = Callable[..., Any]
-
-
-def has_kernel(name: str, device_type: str) -> bool:
-    """Whether a compiled or Triton kernel for ``name``'s forward is registered for ``device_type``."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"mobilemamba::{name}_fwd", key)
 
 
 def define_operator(
@@ -140,7 +137,11 @@ def define_operator(
 
     torch.library.register_autograd(f"{qualified}_fwd", differentiate, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(f"{qualified}_bwd", refuse, lib=LIBRARY)
-    OPERATORS.append(name)
+    KERNELS[name] = tuple(
+        device
+        for device in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", device.upper())
+    )
     return forward
 
 

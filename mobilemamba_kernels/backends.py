@@ -71,25 +71,12 @@ def _why_not(op: str, device: str, dtypes: set[torch.dtype]) -> str:
     """Return why no kernel of ``op`` runs on such tensors, or an empty string when one does."""
     if device == "cpu" and _library.COMPILED_ERROR:
         return _library.COMPILED_ERROR
-    if not has_kernel(op, device):
+    if device not in _library.KERNELS[op]:
         return f"this version has no {device} kernel for it"
     for dtype in dtypes:
         if dtype not in KERNEL_DTYPES:
             return f"the kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return ""
-
-
-# Asked once an operator and device: torch.compile cannot trace the dispatcher's query.
-_kernels: dict[tuple[str, str], bool] = {}
-
-
-@torch.compiler.assume_constant_result
-def has_kernel(op: str, device: str) -> bool:
-    """Whether this process has a kernel for the forward of ``op`` on devices of type ``device``."""
-    key = (op, device)
-    if key not in _kernels:
-        _kernels[key] = _library.has_kernel(op, device)
-    return _kernels[key]
 
 
 @dataclass(frozen=True)
@@ -119,7 +106,7 @@ def report() -> Report:
     Float64 tensors always run the reference: the kernels take float32, bfloat16 and float16.
     """
     rows = Report()
-    for op in _library.OPERATORS:
+    for op in _library.KERNELS:
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():
                 continue

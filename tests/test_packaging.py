@@ -17,6 +17,7 @@ def run_python(program: str, *options: str) -> subprocess.CompletedProcess:
 
 def test_import_needs_torch_numpy_and_einops_alone():
     optional = ["click", "rich", "PIL", "timm", "torchvision", "sklearn", "matplotlib", "safetensors", "triton"]
+    optional.append("torch._dynamo")  # torch.compile's own import takes seconds, and brings triton
     done = run_python(
         f"import sys, torch; before = set(sys.modules); import mobilemamba; "
         f"print(sorted(set({optional}) & (set(sys.modules) - before)))"

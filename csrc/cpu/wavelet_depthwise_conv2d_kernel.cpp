@@ -1,11 +1,11 @@
 // One item is kLanes channels of an image (of a part of it, where it is large): lanes are channels, whatever the
 // layout.
 //
-// The image streams through a ring of band rows, kWaveletGroup rows of results at a time: two rows of pixels become a row
-// of the four bands; when a group's neighbours are there, each band of it is filtered, then it is transformed back and
-// written. So a pixel of x and of base is read once, one of out is written once, and the bands never leave the cache. The
-// weights are transposed to [band][tap][lane] once for all images of a span, with the scale and the transforms'
-// normalization in them.
+// The image streams through a ring of band rows, kWaveletGroup rows of results at a time: two rows of pixels become a
+// row of the four bands; when a group's neighbours are there, each band of it is filtered, then it is transformed back
+// and written. So a pixel of x and of base is read once, one of out is written once, and the bands never leave the
+// cache. The weights are transposed to [band][tap][lane] once for all images of a span, with the scale and the
+// transforms' normalization in them.
 //
 // Filtering holds up to kSegment outputs of a row in registers and, for one row of taps at a time, its weights: every
 // band element is loaded once and serves all outputs that it meets, every weight serves all outputs. At 7 columns and

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ Asked of the dispatcher once, when an operator is declared: torch.compile cannot
 """
 
 _Function = Callable[..., Any]
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # type: ignore[attr-defined]
 
 
 def define_operator(
-    name: str, schema: str, reference: _Function, fake: _Function, cpu_backward: _Function | None = None
+    name: str, schema: str, reference: _Function, fake: _Function, composed: _Function | None = None
 ) -> _Function:
     """Declare ``mobilemamba::<name>_fwd`` and its gradient ``mobilemamba::<name>_bwd``.
 
@@ -48,8 +50,8 @@ def define_operator(
         schema: the arguments and results of the forward, in the syntax of ``torch.library``.
         reference: plain differentiable PyTorch with the arguments of ``schema``.
         fake: allocates the outputs (shape, dtype, strides) from the arguments of ``schema``.
-        cpu_backward: a gradient on CPUs, with the arguments and results of ``<name>_bwd``, for an operator without
-            a backward kernel of its own that composes it from other operators' kernels.
+        composed: the reference on other operators' kernels. Its vector-Jacobian product is the gradient on CPUs with
+            compiled kernels, for an operator without a backward kernel of its own.
 
     Returns:
         The forward operator, differentiable once.
@@ -81,35 +83,32 @@ def define_operator(
     def fake_backward(*args: Any) -> Any:
         return as_returned(allocate_gradients(*args))
 
-    def run_vjp(*args: Any) -> Any:
-        grads, inputs = args[:outputs], args[outputs:]
+    def run_vjp(function: _Function, *args: Any) -> Any:
+        grads, inputs = args[:outputs], list(args[outputs:])
         present = [i for i in tensors if inputs[i] is not None]
-
-        def of_tensors(*values: Tensor) -> Any:
-            full = list(inputs)
-            for i, value in zip(present, values, strict=True):
-                full[i] = value
-            return reference(*full)
-
-        with torch.enable_grad():
-            pullback = torch.func.vjp(of_tensors, *(inputs[i] for i in present))[1]
-            computed = pullback(grads[0] if outputs == 1 else tuple(grads))
-        full: list[Tensor | None] = [None] * len(inputs)
-        for i, value in zip(present, computed, strict=True):
-            full[i] = value
-        return conform([full[i] for i in tensors], *args)
-
-    def conform(gradients: Sequence[Tensor | None], *args: Any) -> Any:
+        # The dispatcher calls this with autograd switched off. torch.func.vjp works so too, but not within opcheck.
+        with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False), torch.enable_grad():
+            for i in present:
+                inputs[i] = inputs[i].detach().requires_grad_()
+            computed = function(*inputs)
+            pairs = zip((computed,) if outputs == 1 else computed, grads, strict=True)
+            used = [(c, g) for c, g in pairs if c.requires_grad]  # not the last state of an empty sequence
+            found = torch.autograd.grad(
+                [c for c, _ in used],
+                [inputs[i] for i in present],
+                [g for _, g in used],
+                allow_unused=True,
+                materialize_grads=True,
+            )
         allocated = allocate_gradients(*args)
-        for target, gradient in zip(allocated, gradients, strict=True):
-            if gradient is not None:
-                target.copy_(gradient)
+        for i, gradient in zip(present, found, strict=True):
+            allocated[tensors.index(i)].copy_(gradient)
         return as_returned(allocated)
 
     LIBRARY.impl(f"{name}_fwd", run_reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{name}_bwd", run_vjp, "CompositeExplicitAutograd")
-    if cpu_backward is not None and COMPILED_ERROR is None:
-        LIBRARY.impl(f"{name}_bwd", lambda *args: conform(cpu_backward(*args), *args), "CPU")
+    LIBRARY.impl(f"{name}_bwd", partial(run_vjp, reference), "CompositeExplicitAutograd")
+    if composed is not None and COMPILED_ERROR is None:
+        LIBRARY.impl(f"{name}_bwd", partial(run_vjp, composed), "CPU")
     torch.library.register_fake(f"{qualified}_fwd", fake, lib=LIBRARY)
     torch.library.register_fake(f"{qualified}_bwd", fake_backward, lib=LIBRARY)
     forward = getattr(torch.ops.mobilemamba, f"{name}_fwd").default

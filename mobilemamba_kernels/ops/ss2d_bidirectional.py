@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,7 +106,8 @@ def _normalize(y: Tensor, x: Tensor, z: Tensor | None, norm_weight: Tensor, norm
     return y.to(x.dtype)
 
 
-def _reference(
+def _with_scan(
+    run_scan: Callable[..., Tensor],
     x: Tensor,
     z: Tensor | None,
     x_proj_weight: Tensor,
@@ -115,48 +119,12 @@ def _reference(
     norm_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    y = scan._reference(*_project(x, x_proj_weight, dt_proj_weight, A_log), D, None, dt_proj_bias, True)
+    y = run_scan(*_project(x, x_proj_weight, dt_proj_weight, A_log), D, None, dt_proj_bias, True)
     return _normalize(y, x, z, norm_weight, norm_bias, eps)
 
 
-def _cpu_backward(
-    grad: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    x_proj_weight: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-) -> list[Tensor | None]:
-    """The reference's gradient with the scan, forward and backward, in its kernels."""
-    with torch.enable_grad():
-        inputs, pull_inputs = torch.func.vjp(_project, x, x_proj_weight, dt_proj_weight, A_log)[:2]
-        parameters = (D, None, dt_proj_bias, True)
-        y = torch.ops.mobilemamba.bidirectional_selective_scan_fwd(*inputs, *parameters)
-        gate = () if z is None else (z,)
-        pull_y = torch.func.vjp(
-            lambda y, w, b, *z: _normalize(y, x, z[0] if z else None, w, b, eps), y, norm_weight, norm_bias, *gate
-        )[1]
-        grad_y, grad_norm_weight, grad_norm_bias, *grad_z = pull_y(grad)
-        *grad_inputs, grad_D, _, grad_dt_proj_bias = torch.ops.mobilemamba.bidirectional_selective_scan_bwd(
-            grad_y, *inputs, *parameters
-        )
-        grad_x, grad_x_proj_weight, grad_dt_proj_weight, grad_A_log = pull_inputs(tuple(grad_inputs))
-    return [
-        grad_x,
-        grad_z[0] if grad_z else None,
-        grad_x_proj_weight,
-        grad_dt_proj_weight,
-        grad_dt_proj_bias,
-        grad_A_log,
-        grad_D,
-        grad_norm_weight,
-        grad_norm_bias,
-    ]
+_reference = partial(_with_scan, scan._reference)
+_composed = partial(_with_scan, scan._operator)
 
 
 def _fake(x: Tensor, *others) -> Tensor:
@@ -169,5 +137,5 @@ _operator = define_operator(
     "Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor",
     _reference,
     _fake,
-    cpu_backward=_cpu_backward,
+    _composed,
 )

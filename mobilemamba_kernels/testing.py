@@ -18,7 +18,7 @@ from mobilemamba_kernels.backends import use_backend
 
 LAYOUTS = ("channels_first", "channels_last", "channels_slice", "strided")
 """Contiguous; positions outside, channels inside, as the network hands them; a slice of the channels of such a tensor,
-as its mixer does; a slice of every dimension with steps, none dense. Gaps hold NaN, which shows a stray read."""
+as its mixer does; a slice of every dimension with steps, none dense, columns outside rows. Gaps hold NaN, which shows a stray read."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def _lay_out(values: Tensor, positions: int, layout: str) -> Tensor:
     if layout == "channels_first":
         return values
     if layout == "strided":
+        if positions == 2:  # columns outside rows too: height and width are then not one dimension of positions
+            return _lay_out(values.mT, 1, layout).mT
         *outer, last = values.shape
         room = values.new_full((*(n + 2 for n in outer), 2 * last + 2), math.nan)
         return room[(*(slice(1, n + 1) for n in outer), slice(1, 2 * last + 1, 2))].copy_(values)

@@ -57,6 +57,20 @@ void run_images(const Images& images, int64_t begin, int64_t end) {
   }
 }
 
+void run(Ss2dParams& p, int64_t batch) {
+  const int64_t lanes = vector_lanes(), scan_cost = p.length * p.state * kOperations;
+  if (batch >= torch::stable::get_num_threads()) {
+    parallel<Images>(&run_images, {p, nullptr}, batch, scan_cost * scan_blocks(p), between(p) + ss2d_scratch(p, lanes));
+    return;
+  }
+  std::vector<float> memory(batch * between(p));
+  p.projected = memory.data(), p.sum = p.projected + batch * p.length * p.columns;
+  const int64_t block_cost = kSs2dPositions * p.dim, blocks = batch * ss2d_position_blocks(p);
+  parallel(KERNEL(ss2d_project), p, blocks, block_cost * p.columns / lanes, ss2d_scratch(p, lanes));
+  parallel(KERNEL(ss2d_scan), p, batch * scan_blocks(p), scan_cost, ss2d_scratch(p, lanes));
+  parallel(KERNEL(ss2d_normalize), p, blocks, block_cost, 0);
+}
+
 Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A_log,
                     Tensor D, Tensor norm_weight, Tensor norm_bias, double eps) {
   STD_TORCH_CHECK(x.dim() == 4 && x_proj.dim() == 3 && dt_proj.dim() == 3 && A_log.dim() == 3,
@@ -78,7 +92,8 @@ Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_
   p.columns = ceil_div(2 * features, kSs2dLanes) * kSs2dLanes;
   x = with_positions(x);
   if (z) z = with_positions(*z);
-  p.x = map(x), p.out = map(out);
+  const Tensor written = with_positions(out);  // out's strides are those of the x that came in
+  p.x = map(x), p.out = map(written);
   if (z) p.z = map(*z);
   p.eps = static_cast<float>(eps);
 
@@ -98,17 +113,8 @@ Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_
   p.x_proj = x_proj_packed.data(), p.dt_proj = dt_proj_packed.data(), p.dt_bias = bias.data();
   p.A = A.data(), p.D = skip.data(), p.norm_weight = weight.data(), p.norm_bias = shift.data();
 
-  const int64_t lanes = vector_lanes(), scan_cost = p.length * p.state * kOperations;
-  if (batch >= torch::stable::get_num_threads()) {
-    parallel<Images>(&run_images, {p, nullptr}, batch, scan_cost * scan_blocks(p), between(p) + ss2d_scratch(p, lanes));
-    return out;
-  }
-  std::vector<float> memory(batch * between(p));
-  p.projected = memory.data(), p.sum = p.projected + batch * p.length * p.columns;
-  const int64_t block_cost = kSs2dPositions * p.dim, blocks = batch * ss2d_position_blocks(p);
-  parallel(KERNEL(ss2d_project), p, blocks, block_cost * p.columns / lanes, ss2d_scratch(p, lanes));
-  parallel(KERNEL(ss2d_scan), p, batch * scan_blocks(p), scan_cost, ss2d_scratch(p, lanes));
-  parallel(KERNEL(ss2d_normalize), p, blocks, block_cost, 0);
+  run(p, batch);
+  if (written.data_ptr() != out.data_ptr()) torch::stable::copy_(out, written);
   return out;
 }
 

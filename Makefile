@@ -57,7 +57,7 @@ test-full: build
 
 # Tests of an installed or separately built package run from a copy of tests/, beside which there is no source. First
 # comes which package and torch they get; without the compiled part its import warns, which is an error here.
-copy-tests = rm -rf $1 && mkdir -p $1 && cp -r tests pyproject.toml $1 && rm -f $1/tests/test_build.py
+copy-tests = rm -rf $1 && mkdir -p $1 && cp -r tests pyproject.toml $1 && rm -f $1/tests/test_build.py $1/tests/test_symbols.py
 WHICH := -W error::RuntimeWarning -c 'import mobilemamba_kernels as k, torch; \
 	print("torch", torch.__version__, "runs", k.__file__, k.report(), sep="\n")'
 
@@ -72,6 +72,7 @@ test-torch: wheel $(CHECK)/stamp
 # as malloc does, so that torch can raise its error. An error aborts, so that pytest names the test; its report passes by
 # pytest only where that leaves file descriptors alone.
 SANITIZE := $(CURDIR)/build/sanitize
+MEMORY_TESTS := not compiles and not exports and not twice and not opcheck
 SANITIZED = LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:abort_on_error=1 PYTHONMALLOC=malloc \
@@ -82,13 +83,13 @@ sanitize: .env-dev/stamp
 	CXX='$(CXX)' MOBILEMAMBA_SANITIZE=address,undefined $(DEV) setup.py -q build --build-lib $(SANITIZE)/lib
 	$(call copy-tests,$(SANITIZE)/copy)
 	cd $(SANITIZE)/copy && $(SANITIZED) $(WHICH)
-	cd $(SANITIZE)/copy && $(SANITIZED) -m pytest --capture=sys
+	cd $(SANITIZE)/copy && $(SANITIZED) -m pytest --capture=sys tests/test_fuzz.py tests/test_ops.py -k '$(MEMORY_TESTS)'
 
 demo: build
 	.env-dev/bin/mobilemamba demo
 
 bench: build
-	$(DEV) -m pytest benchmarks
+	$(DEV) -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 lint: .env-dev/stamp
 	.env-dev/bin/ruff check

@@ -65,7 +65,7 @@ class BuildKernels(build_ext):
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         if sanitizers:
-            common += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"]
+            common += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g", "-O1"]
             link += [f"-fsanitize={sanitizers}"]
         headers = [*include_paths(), sysconfig.get_path("include")]
         # Error messages name csrc/…, not this machine's folders, and every folder gives the same library.

@@ -10,7 +10,9 @@ ScanTensor sequence(const Tensor& t) {
   if (t.dim() == 3) return {elements(t), t.stride(0), 0, t.stride(1), 0, t.stride(2)};
   return {elements(t), t.stride(0), t.stride(1), t.stride(2), 0, t.stride(3)};
 }
-ScanTensor coefficients(const Tensor& t) { return {elements(t), t.stride(0), t.stride(1), 0, t.stride(2), t.stride(3)}; }
+ScanTensor coefficients(const Tensor& t) {
+  return {elements(t), t.stride(0), t.stride(1), 0, t.stride(2), t.stride(3)};
+}
 ScanTensor vector(const std::optional<Tensor>& t) { return {elements(t), 0, stride(t, 0), stride(t, 1), 0, 0}; }
 
 SelectiveScanParams scan_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,

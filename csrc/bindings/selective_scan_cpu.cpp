@@ -1,8 +1,8 @@
 // selective_scan_fwd and selective_scan_bwd on the CPU, and the running of the scan kernels for every scan operator.
-#include "bindings/selective_scan.h"
-
 #include <numeric>
 #include <tuple>
+
+#include "bindings/selective_scan.h"
 
 namespace mobilemamba {
 namespace {
@@ -12,14 +12,15 @@ constexpr int64_t kItems = 64;       // wanted of a backward, whatever the numbe
 
 // out[i] = Σ_j partial[i / inner][j][i % inner], in the order of j.
 void sum_middle(float* out, const float* partial, int64_t outer, int64_t middle, int64_t inner) {
-  torch::stable::parallel_for(0, outer * inner, 1 + 4096 / std::max<int64_t>(1, middle), [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* p = partial + i / inner * middle * inner + i % inner;
-      float sum = 0;
-      for (int64_t j = 0; j < middle; ++j) sum += p[j * inner];
-      out[i] = sum;
-    }
-  });
+  torch::stable::parallel_for(0, outer * inner, 1 + 4096 / std::max<int64_t>(1, middle),
+                              [=](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const float* p = partial + i / inner * middle * inner + i % inner;
+                                  float sum = 0;
+                                  for (int64_t j = 0; j < middle; ++j) sum += p[j * inner];
+                                  out[i] = sum;
+                                }
+                              });
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> size) {
@@ -129,7 +130,8 @@ ScanSums run_scan_backward(SelectiveScanParams& p, const Tensor& like) {
   p.slices = std::max<int64_t>(1, p.slices);
   const int64_t states = p.state * p.length;
   auto coefficient = [&](bool varies, float*& partial, float*& fixed) {
-    Tensor t = varies ? zeros(like, {p.batch, K, p.groups, p.slices, states}) : zeros(like, {p.batch, K, p.dim, p.state});
+    Tensor t =
+        varies ? zeros(like, {p.batch, K, p.groups, p.slices, states}) : zeros(like, {p.batch, K, p.dim, p.state});
     (varies ? partial : fixed) = floats(t);
     return t;
   };

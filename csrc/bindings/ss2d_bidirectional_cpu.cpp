@@ -1,10 +1,9 @@
 // ss2d_bidirectional_fwd on the CPU. Its gradient is composed in ops/ss2d_bidirectional.py around the scan's kernel.
-#include "include/ss2d_bidirectional.h"
-
 #include <cmath>
 #include <vector>
 
 #include "bindings/tensor.h"
+#include "include/ss2d_bidirectional.h"
 
 DECLARE_KERNEL(ss2d_project, Ss2dParams)
 DECLARE_KERNEL(ss2d_scan, Ss2dParams)
@@ -36,7 +35,9 @@ std::vector<float> pack(const Tensor& t, int64_t planes, int64_t dim, int64_t in
 Tensor with_positions(const Tensor& t) {
   return t.size(2) <= 1 || t.stride(2) == t.size(3) * t.stride(3) ? t : torch::stable::contiguous(t);
 }
-Sequence map(const Tensor& t) { return {elements(t), t.stride(0), t.stride(1), t.size(3) > 1 ? t.stride(3) : t.stride(2)}; }
+Sequence map(const Tensor& t) {
+  return {elements(t), t.stride(0), t.stride(1), t.size(3) > 1 ? t.stride(3) : t.stride(2)};
+}
 
 // Floats between the phases, an image.
 int64_t between(const Ss2dParams& p) { return p.length * (p.columns + p.padded_dim); }

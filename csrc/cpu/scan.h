@@ -2,9 +2,9 @@
 //
 // Where u, Δ, B, C, A and D come from is a Source's business:
 //   int64_t length, state, directions; bool shared_u;
-//   void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count);  // u = nullptr: it is kept for k = 1 if shared
-//   Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count), C(the same);
-//   Vec A(int64_t k, int64_t n), D(int64_t k);  bool skips();  // whether there is a D
+//   void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count);  // u = nullptr: it is kept for k = 1 if
+//   shared Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count), C(the same); Vec A(int64_t k,
+//   int64_t n), D(int64_t k);  bool skips();  // whether there is a D
 #pragma once
 
 #include "cpu/tile.h"
@@ -20,11 +20,12 @@ struct Coefficient {
   INLINE_MEMBER Vec operator[](int64_t l) const { return row ? splat(row[l]) : fixed; }
 };
 
-// One state through `count` positions, upwards or (reverse) downwards: h = 2^(dt a) h + dt u B, y += C h, with a = A log2 e.
-// About 20 vector operations a position, 12 of them the exponential; the chain through h is one fused multiply-add.
+// One state through `count` positions, upwards or (reverse) downwards: h = 2^(dt a) h + dt u B, y += C h, with a = A
+// log2 e. About 20 vector operations a position, 12 of them the exponential; the chain through h is one fused
+// multiply-add.
 template <bool kOutput>
-INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, Coefficient b, Coefficient c, Vec h, bool reverse,
-                     int64_t count) {
+INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, Coefficient b, Coefficient c, Vec h,
+                     bool reverse, int64_t count) {
   const int64_t step = reverse ? -1 : 1;
   for (int64_t i = 0, l = reverse ? count - 1 : 0; i < count; ++i, l += step) {
     const Vec delta = load(dt + l * kLanes);
@@ -36,8 +37,8 @@ INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, Coefficie
 
 // Every state of direction k over a chunk whose u and dt are in tiles; h: kLanes values a state, updated.
 template <bool kOutput, class Source>
-static void scan_chunk(float* y, const float* dt, const float* u, float* h, float* rows, const Source& source, int64_t k,
-                       int64_t start, int64_t count) {
+static void scan_chunk(float* y, const float* dt, const float* u, float* h, float* rows, const Source& source,
+                       int64_t k, int64_t start, int64_t count) {
   for (int64_t n = 0; n < source.state; ++n) {
     const Coefficient b = source.B(rows, k, n, start, count);
     const Coefficient c = kOutput ? source.C(rows + kScanChunk, k, n, start, count) : Coefficient{};
@@ -48,7 +49,8 @@ static void scan_chunk(float* y, const float* dt, const float* u, float* h, floa
 
 // Writes the states that enter every chunk of direction k: `state` times kLanes values a chunk.
 template <class Source>
-static void entering_states(float* states, float* dt, float* u, float* rows, const Source& source, int64_t k, int64_t chunk) {
+static void entering_states(float* states, float* dt, float* u, float* rows, const Source& source, int64_t k,
+                            int64_t chunk) {
   const int64_t chunks = (source.length + chunk - 1) / chunk, size = source.state * kLanes;
   const int64_t first = k == 1 ? chunks - 1 : 0, step = k == 1 ? -1 : 1;
   std::memset(states + first * size, 0, size * sizeof(float));
@@ -65,13 +67,17 @@ static void entering_states(float* states, float* dt, float* u, float* rows, con
 struct ScanScratch {
   float *u, *dt, *y, *rows, *up, *down;
   explicit ScanScratch(float* s)
-      : u(s), dt(u + kScanChunk * kLanes), y(dt + kScanChunk * kLanes), rows(y + kScanChunk * kLanes),
-        up(rows + 2 * kScanChunk), down(up + kMaxState * kLanes) {}
+      : u(s),
+        dt(u + kScanChunk * kLanes),
+        y(dt + kScanChunk * kLanes),
+        rows(y + kScanChunk * kLanes),
+        up(rows + 2 * kScanChunk),
+        down(up + kMaxState * kLanes) {}
 };
 
-// Scans all directions chunk by chunk and hands each chunk's sum to output(y, start, count). The second direction's states
-// at the chunks' ends are found first, by a pass of their own that a sequence of one chunk does not need.
-// On return scratch.up holds the last states of direction 0.
+// Scans all directions chunk by chunk and hands each chunk's sum to output(y, start, count). The second direction's
+// states at the chunks' ends are found first, by a pass of their own that a sequence of one chunk does not need. On
+// return scratch.up holds the last states of direction 0.
 template <class Source, class Output>
 static void scan_forward(const Source& source, const ScanScratch& s, Output output) {
   const int64_t size = source.state * kLanes;

@@ -5,11 +5,10 @@
 // Backward, with g the gradient of the state h:
 //   g_l = C_l dy_l + a_{l+1} g_{l+1},  dB = Σ g dt u,  dC = Σ dy h,  du = g dt B + D dy,
 //   ddt = Σ_n g (A a h_prev + B u),    dA = Σ g dt a h_prev
-// States are recomputed chunk by chunk from those at the chunks' ends. Sums over channels are taken over the lanes, then
-// over the blocks of a slice, in a fixed order; the binding adds slices and batch, in a fixed order too.
-#include "include/selective_scan.h"
-
+// States are recomputed chunk by chunk from those at the chunks' ends. Sums over channels are taken over the lanes,
+// then over the blocks of a slice, in a fixed order; the binding adds slices and batch, in a fixed order too.
 #include "cpu/scan.h"
+#include "include/selective_scan.h"
 
 BEGIN_KERNELS
 namespace {
@@ -70,8 +69,7 @@ static void forward_block(const SelectiveScanParams& p, const Block& x, const Sc
   scan_forward(source, s, [&](float* y, int64_t start, int64_t count) {
     if (p.z) {
       read(s.dt, p.z, x, 0, start, count);
-      for (int64_t l = 0; l < count; ++l)
-        store(y + l * kLanes, load(y + l * kLanes) * silu(load(s.dt + l * kLanes)));
+      for (int64_t l = 0; l < count; ++l) store(y + l * kLanes, load(y + l * kLanes) * silu(load(s.dt + l * kLanes)));
     }
     write(y, p.out, x, 0, start, count);
   });
@@ -95,7 +93,8 @@ INLINE void add_lanes(float* values, Vec v, int64_t stride, int64_t channels) {
 }
 
 struct BackwardScratch {
-  float *u, *delta, *dt, *dy, *du, *ddt, *decay, *carried, *product_b, *product_c, *rows, *adjoint, *states, *sum_u, *sum_y;
+  float *u, *delta, *dt, *dy, *du, *ddt, *decay, *carried, *product_b, *product_c, *rows, *adjoint, *states, *sum_u,
+      *sum_y;
   BackwardScratch(float* s, const SelectiveScanParams& p) {
     constexpr int64_t tile = kScanBackwardChunk * kLanes;
     float** tiles[] = {&u, &delta, &dt, &dy, &du, &ddt, &decay, &carried, &product_b, &product_c};
@@ -109,8 +108,8 @@ struct BackwardScratch {
 };
 
 // Direction k of one block over one chunk, positions against the scan's direction.
-static void backward_chunk(const TensorSource& source, const BackwardScratch& s, int64_t k, int64_t start, int64_t count,
-                           const float* entering, int64_t slice_index) {
+static void backward_chunk(const TensorSource& source, const BackwardScratch& s, int64_t k, int64_t start,
+                           int64_t count, const float* entering, int64_t slice_index) {
   const SelectiveScanParams& p = source.p;
   const Block& x = source.x;
   const int64_t first = k == 1 ? count - 1 : 0, last = k == 1 ? 0 : count - 1, step = k == 1 ? -1 : 1;
@@ -145,10 +144,14 @@ static void backward_chunk(const TensorSource& source, const BackwardScratch& s,
     store(s.adjoint + n * kLanes, g);
     add_lanes(p.partial_A + channel_index * p.state + n, da, p.state, x.channels);
     const int64_t row = (slice_index * p.state + n) * p.length + start;
-    if (p.B_varies) add_lane_sums(p.partial_B + row, s.product_b, count);
-    else add_lanes(p.partial_fixed_B + channel_index * p.state + n, db, p.state, x.channels);
-    if (p.C_varies) add_lane_sums(p.partial_C + row, s.product_c, count);
-    else add_lanes(p.partial_fixed_C + channel_index * p.state + n, dc, p.state, x.channels);
+    if (p.B_varies)
+      add_lane_sums(p.partial_B + row, s.product_b, count);
+    else
+      add_lanes(p.partial_fixed_B + channel_index * p.state + n, db, p.state, x.channels);
+    if (p.C_varies)
+      add_lane_sums(p.partial_C + row, s.product_c, count);
+    else
+      add_lanes(p.partial_fixed_C + channel_index * p.state + n, dc, p.state, x.channels);
   }
   const Vec skip = source.D(k), bias = source.lanes(p.delta_bias, k, 0);
   Vec dd{}, dbias{};

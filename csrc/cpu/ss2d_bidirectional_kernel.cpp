@@ -1,12 +1,12 @@
 // Three phases over one image, whose intermediates (a few hundred positions of a few hundred channels) stay in cache:
-//   project    positions × columns: every position's low-rank step, B and C of both directions; a register-blocked product
-//   scan       kLanes channels, all positions, both directions: Δ is expanded from its low rank inside the tile, so it
+//   project    positions × columns: every position's low-rank step, B and C of both directions; a register-blocked
+//   product scan       kLanes channels, all positions, both directions: Δ is expanded from its low rank inside the
+//   tile, so it
 //              never exists in memory, and the two directions are added in the tile
 //   normalize  LayerNorm over the channels of a position, then the gate
 // x is read twice, z once, the result written once; the official network makes twelve passes.
-#include "include/ss2d_bidirectional.h"
-
 #include "cpu/scan.h"
+#include "include/ss2d_bidirectional.h"
 
 BEGIN_KERNELS
 namespace {
@@ -25,7 +25,8 @@ static void project_rows(float* out, const float* x, const float* w, int64_t dim
     for (int v = 0; v < kVectors; ++v) store(out + i * columns + v * kLanes, sums[i][v]);
 }
 
-// Two vectors of columns at a time: with six rows, twelve sums fill the registers of every instruction set but the oldest.
+// Two vectors of columns at a time: with six rows, twelve sums fill the registers of every instruction set but the
+// oldest.
 static void project(float* out, const float* x, const float* w, int64_t count, int64_t dim, int64_t x_stride,
                     int64_t columns) {
   constexpr int kRows = 6;
@@ -35,10 +36,14 @@ static void project(float* out, const float* x, const float* w, int64_t count, i
       const int64_t rows = count - i >= kRows ? kRows : 1;
       float* o = out + i * columns + column;
       const float* from = x + i * x_stride;
-      if (rows == kRows && two) project_rows<kRows, 2>(o, from, w + column, dim, x_stride, columns);
-      else if (rows == kRows) project_rows<kRows, 1>(o, from, w + column, dim, x_stride, columns);
-      else if (two) project_rows<1, 2>(o, from, w + column, dim, x_stride, columns);
-      else project_rows<1, 1>(o, from, w + column, dim, x_stride, columns);
+      if (rows == kRows && two)
+        project_rows<kRows, 2>(o, from, w + column, dim, x_stride, columns);
+      else if (rows == kRows)
+        project_rows<kRows, 1>(o, from, w + column, dim, x_stride, columns);
+      else if (two)
+        project_rows<1, 2>(o, from, w + column, dim, x_stride, columns);
+      else
+        project_rows<1, 1>(o, from, w + column, dim, x_stride, columns);
       i += rows;
     }
   }
@@ -87,7 +92,8 @@ struct ProjectedSource {
         }
       } else {
         for (int64_t r = 0; r < p.rank; ++r)
-          for (int64_t i = 0; i < rows; ++i) raw[i] += splat(low[(l + i) * p.columns + r]) * load(weights + r * p.padded_dim);
+          for (int64_t i = 0; i < rows; ++i)
+            raw[i] += splat(low[(l + i) * p.columns + r]) * load(weights + r * p.padded_dim);
       }
       for (int64_t i = 0; i < rows; ++i) store(dt + (l + i) * kLanes, softplus(raw[i]));
     }

@@ -10,8 +10,8 @@ BEGIN_KERNELS
 namespace {
 
 // e: the first element; the strides are in elements; channels <= kLanes.
-[[maybe_unused]] static void load_tile(float* tile, Elements e, int64_t channel_stride, int64_t position_stride, int64_t channels,
-                      int64_t positions) {
+[[maybe_unused]] static void load_tile(float* tile, Elements e, int64_t channel_stride, int64_t position_stride,
+                                       int64_t channels, int64_t positions) {
   with_type(e, [&](const auto* p) {
     if (channel_stride == 1) {
       for (int64_t l = 0; l < positions; ++l) store(tile + l * kLanes, load_some(p + l * position_stride, channels));
@@ -31,8 +31,8 @@ namespace {
   });
 }
 
-[[maybe_unused]] static void store_tile(const float* tile, Elements e, int64_t channel_stride, int64_t position_stride, int64_t channels,
-                       int64_t positions) {
+[[maybe_unused]] static void store_tile(const float* tile, Elements e, int64_t channel_stride, int64_t position_stride,
+                                        int64_t channels, int64_t positions) {
   with_type(e, [&](auto* p) {
     if (channel_stride == 1) {
       for (int64_t l = 0; l < positions; ++l) store_some(p + l * position_stride, load(tile + l * kLanes), channels);

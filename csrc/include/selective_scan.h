@@ -22,10 +22,10 @@ struct SelectiveScanParams {
   int64_t directions;  // direction 0 runs up, direction 1 down
   int64_t groups;      // of channels that share B and C
   bool softplus;
-  ScanTensor u;            // (batch, [directions,] dim, length)
-  ScanTensor delta;        // (batch, directions, dim, length)
-  ScanTensor A;            // (directions, dim, state)
-  ScanTensor B, C;         // (batch, directions, groups, state, length), or (dim, state) where they do not vary
+  ScanTensor u;      // (batch, [directions,] dim, length)
+  ScanTensor delta;  // (batch, directions, dim, length)
+  ScanTensor A;      // (directions, dim, state)
+  ScanTensor B, C;   // (batch, directions, groups, state, length), or (dim, state) where they do not vary
   bool B_varies, C_varies;
   int64_t B_group, C_group;  // groups of channels to one group of B, of C
   ScanTensor D, delta_bias;  // (directions, dim)

@@ -18,11 +18,11 @@ struct Ss2dParams {
   int64_t dim, length, state, rank;
   Sequence x, z, out;
   // Packed by the binding, float32, channels padded with zeros to a multiple of kSs2dLanes (padded_dim):
-  const float* x_proj;     // (dim, columns): for direction k columns k (rank + 2 state) …: dt_low, B, C; padded too
-  const float* dt_proj;    // (2, rank, padded_dim)
-  const float* dt_bias;    // (2, padded_dim)
-  const float* A;          // (2, state, padded_dim), -exp(A_log)
-  const float* D;          // (2, padded_dim)
+  const float* x_proj;   // (dim, columns): for direction k columns k (rank + 2 state) …: dt_low, B, C; padded too
+  const float* dt_proj;  // (2, rank, padded_dim)
+  const float* dt_bias;  // (2, padded_dim)
+  const float* A;        // (2, state, padded_dim), -exp(A_log)
+  const float* D;        // (2, padded_dim)
   const float *norm_weight, *norm_bias;  // (padded_dim)
   int64_t columns, padded_dim;
   float eps;

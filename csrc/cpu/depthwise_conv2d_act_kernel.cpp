@@ -7,9 +7,9 @@
 // at k = 7 49 and 19. Filters other than the common ones load an input for each tap.
 //
 // A float32 channels-last image is read in place, row by row, all blocks of a row one after the other, as it lies in
-// memory. Other images become float32 tiles first: k rows of the group at a time when channels-last, else the whole
-// band of one block, transposed. Each sum passes through the first cache once, to activation, residual and store:
-// memory sees x, residual and y once each.
+// memory; its outputs go from registers to memory. Other images become float32 tiles first: k rows of the group at a
+// time when channels-last, else the whole band of one block, transposed; and their sums pass through the first cache to
+// activation, residual and store. Memory sees x, residual and y once each.
 #include "cpu/activation.h"
 #include "cpu/tile.h"
 #include "include/capability.h"
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kColumns = 8;  // at least twice the padding of the filters with compiled borders
 
-// What one row of outputs of a block of channels is made of.
+// What one row of outputs of a block of channels is made of, and where it goes.
 struct Window {
   const float* x;        // column 0 of the first row of the image under the filter
   const float* wrap;     // where a tile ends, and
@@ -31,6 +31,12 @@ struct Window {
   int64_t rows;          // that the filter has in the image
   const float* weights;  // [tap][lane], from the filter's first row in the image on
   const float* bias;     // [lane]
+  float* y;              // [column][lane]: y itself when `stored`, else the sums, to be finished later
+  const float* residual;
+  int64_t y_column, residual_column;  // strides
+  bool stored;
+  float low;             // the least that activation leaves of a sum
+  int64_t part, longer;  // columns computed together, and how often one more
 };
 
 // Calls f with 0, 1, … at compile time, which keeps arrays of vectors in registers.
@@ -39,9 +45,25 @@ INLINE void unrolled(std::integer_sequence<int, kIndex...>, F f) {
   (f(std::integral_constant<int, kIndex>{}), ...);
 }
 
+// Outputs from column `first` on leave the registers.
+template <int... kIndex>
+INLINE void emit(const Window& w, int64_t first, const Vec* acc, std::integer_sequence<int, kIndex...> outputs) {
+  float* y = w.y + first * w.y_column;
+  if (w.residual) {
+    const float* residual = w.residual + first * w.residual_column;
+    unrolled(outputs, [&](auto n) {
+      store(y + n * w.y_column, at_least(acc[n], splat(w.low)) + load(residual + n * w.residual_column));
+    });
+  } else if (w.stored) {
+    unrolled(outputs, [&](auto n) { store(y + n * w.y_column, at_least(acc[n], splat(w.low))); });
+  } else {
+    unrolled(outputs, [&](auto n) { store(y + n * kLanes, acc[n]); });
+  }
+}
+
 // kCount outputs from column `first` on: kK×kK taps, padded by kK / 2, at the left or right border or not.
 template <int kK, int kStride, int kCount, bool kLeft, bool kRight>
-static void sum_columns(const Window& w, float* sums, int64_t first) {
+static void sum_columns(const Window& w, int64_t first) {
   constexpr int kPadding = kK / 2, kColumnsIn = (kCount - 1) * kStride + kK;
   constexpr int kBegin = kLeft ? kPadding : 0, kEnd = kColumnsIn - (kRight ? kPadding : 0);
   constexpr std::make_integer_sequence<int, kCount> outputs{};
@@ -54,7 +76,7 @@ static void sum_columns(const Window& w, float* sums, int64_t first) {
     unrolled(taps, [&](auto t) { tap[t] = load(weights + t * kLanes); });
     const float* in = x + (first * kStride - kPadding + kBegin) * w.column;
     unrolled(std::make_integer_sequence<int, kEnd - kBegin>{}, [&](auto i) {
-      const Vec v = load(in);
+      const Vec v = held(load(in));
       unrolled(outputs, [&](auto n) {
         constexpr int t = kBegin + i - n * kStride;
         if constexpr (t >= 0 && t < kK) acc[n] += v * tap[t];
@@ -64,12 +86,12 @@ static void sum_columns(const Window& w, float* sums, int64_t first) {
     x += w.row;
     if (x == w.wrap) x -= w.size;
   }
-  unrolled(outputs, [&](auto n) { store(sums + (first + n) * kLanes, acc[n]); });
+  emit(w, first, acc, outputs);
 }
 
 // kCount outputs from column `first` on, of any filter.
 template <int kCount>
-static void sum_columns(const DepthwiseConv2dActParams& p, const Window& w, float* sums, int64_t first) {
+static void sum_columns(const DepthwiseConv2dActParams& p, const Window& w, int64_t first) {
   constexpr std::make_integer_sequence<int, kCount> outputs{};
   const int64_t left = first * p.stride - p.padding;
   const float* x = w.x;
@@ -87,7 +109,7 @@ static void sum_columns(const DepthwiseConv2dActParams& p, const Window& w, floa
     x += w.row;
     if (x == w.wrap) x -= w.size;
   }
-  unrolled(outputs, [&](auto n) { store(sums + (first + n) * kLanes, acc[n]); });
+  emit(w, first, acc, outputs);
 }
 
 // Calls f with count as a constant.
@@ -99,28 +121,27 @@ INLINE void with_count(int64_t count, F f) {
     count == kCount ? f(std::integral_constant<int, kCount>{}) : with_count<kCount + 1>(count, f);
 }
 
-// A row of outputs, cut into equal parts of at most kColumns. kK = 0: any filter.
+// A row of outputs, part by part. kK = 0: any filter.
 template <int kK, int kStride>
-static void sum_row(const DepthwiseConv2dActParams& p, const Window& w, float* sums) {
-  const int64_t parts = (p.out_width + kColumns - 1) / kColumns;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = part * p.out_width / parts, end = (part + 1) * p.out_width / parts;
-    const bool left = part == 0, right = (end - 1) * p.stride - p.padding + p.k > p.width;
+static void sum_row(const DepthwiseConv2dActParams& p, const Window& w) {
+  for (int64_t first = 0, end; first < p.out_width; first = end) {
+    end = first + w.part + (first < w.longer * (w.part + 1));
+    const bool left = first == 0, right = (end - 1) * p.stride - p.padding + p.k > p.width;
     with_count(end - first, [&](auto count) {
       if constexpr (kK == 0) {
-        sum_columns<count>(p, w, sums, first);
+        sum_columns<count>(p, w, first);
       } else if (left) {
-        right ? sum_columns<kK, kStride, count, true, true>(w, sums, first)
-              : sum_columns<kK, kStride, count, true, false>(w, sums, first);
+        right ? sum_columns<kK, kStride, count, true, true>(w, first)
+              : sum_columns<kK, kStride, count, true, false>(w, first);
       } else {
-        right ? sum_columns<kK, kStride, count, false, true>(w, sums, first)
-              : sum_columns<kK, kStride, count, false, false>(w, sums, first);
+        right ? sum_columns<kK, kStride, count, false, true>(w, first)
+              : sum_columns<kK, kStride, count, false, false>(w, first);
       }
     });
   }
 }
 
-using SumRow = void (*)(const DepthwiseConv2dActParams&, const Window&, float*);
+using SumRow = void (*)(const DepthwiseConv2dActParams&, const Window&);
 
 static SumRow choose(const DepthwiseConv2dActParams& p) {
   if (p.padding == p.k / 2) {
@@ -163,6 +184,7 @@ static void finish(const DepthwiseConv2dActParams& p, float* sums, float* added,
 void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int64_t end) {
   const int64_t taps = p.k * p.k, bands = (p.out_height + p.rows - 1) / p.rows;
   const int64_t tile_rows = depthwise_tile_rows(p), tile_row = p.width * kLanes;
+  const int64_t parts = (p.out_width + kColumns - 1) / kColumns;
   const SumRow sum_row = choose(p);
   float* biases = p.scratch;
   float* weights = biases + p.group;
@@ -170,6 +192,9 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
   float* sums = tiles + depthwise_tiles(p, kLanes);
   float* added = sums + depthwise_sums(p) * kLanes;
   const bool in_place = depthwise_reads_in_place(p);
+  const bool stores_in_place =
+      !p.transposes && p.y.elements.dtype == DType::kFloat32 && p.activation != Activation::kSilu &&
+      (!p.residual || (p.residual.elements.dtype == DType::kFloat32 && p.residual.channel == 1));
   const bool rows_join = p.transposes && p.x.row == p.width * p.x.column;
   const bool out_rows_join = p.transposes && p.y.row == p.out_width * p.y.column &&
                              (!p.residual || p.residual.row == p.out_width * p.residual.column);
@@ -195,15 +220,33 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
       const int64_t first = row > 0 ? row : 0, last = row + p.k < p.height ? row + p.k : p.height;
       if (loaded < first) loaded = first;
       const int64_t wanted = p.transposes && loaded < in1 ? in1 : last;
-      for (int64_t c = group; c < group_end; c += kLanes) {
+      Window w{};
+      w.part = p.out_width / parts, w.longer = p.out_width % parts;
+      w.rows = last - first;
+      w.weights = weights + (first - row) * p.k * kLanes;
+      w.bias = biases;
+      int64_t c = group;
+
+      if (in_place && stores_in_place) {
+        w.x = static_cast<const float*>(p.x.at(b, c, w.rows > 0 ? first : 0, 0).data);
+        w.row = p.x.row, w.column = p.x.column;
+        w.y = static_cast<float*>(p.y.at(b, c, y, 0).data), w.y_column = p.y.column, w.stored = true;
+        w.low = p.activation == Activation::kRelu ? 0.0f : -__builtin_inff();
+        if (p.residual)
+          w.residual = static_cast<const float*>(p.residual.at(b, c, y, 0).data), w.residual_column = p.residual.column;
+        for (; c + kLanes <= group_end; c += kLanes) {
+          sum_row(p, w);
+          w.x += kLanes, w.y += kLanes, w.weights += taps * kLanes, w.bias += kLanes;
+          if (w.residual) w.residual += kLanes;
+        }
+      }
+      for (; c < group_end; c += kLanes) {
         const int64_t channels = group_end - c < kLanes ? group_end - c : kLanes;
-        Window w{};
-        w.rows = last - first;
         w.weights = weights + (c - group) * taps + (first - row) * p.k * kLanes;
         w.bias = biases + c - group;
         if (in_place && channels == kLanes) {
+          w.x = static_cast<const float*>(p.x.at(b, c, w.rows > 0 ? first : 0, 0).data);
           w.row = p.x.row, w.column = p.x.column;
-          if (w.rows > 0) w.x = static_cast<const float*>(p.x.at(b, c, first, 0).data);
         } else {
           float* tile = in_place ? tiles : tiles + (c - group) * tile_rows * p.width;
           const int64_t step = rows_join ? wanted - loaded : 1;
@@ -214,9 +257,10 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
           w.x = tile + (first - in0) % tile_rows * tile_row;
           w.wrap = tile + tile_rows * tile_row, w.size = tile_rows * tile_row;
         }
-        float* out = sums + (p.transposes ? y - y0 : 0) * p.out_width * kLanes;
-        sum_row(p, w, out);
-        if (!out_rows_join) finish(p, out, added, b, c, y, channels, p.out_width);
+        w.y = sums + (p.transposes ? y - y0 : 0) * p.out_width * kLanes, w.y_column = kLanes;
+        w.stored = false, w.residual = nullptr;
+        sum_row(p, w);
+        if (!out_rows_join) finish(p, w.y, added, b, c, y, channels, p.out_width);
       }
       if (loaded < wanted) loaded = wanted;
     }

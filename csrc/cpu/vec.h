@@ -63,6 +63,16 @@ INLINE Vec load(const float* p) {
 }
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// Keeps v in a register: compilers would rather read it from memory again for each operation that can take it there.
+INLINE Vec held(Vec v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__SSE2__)
+  __asm__("" : "+x"(v));
+#endif
+  return v;
+}
+
 // 16-bit floats are only ever stored and loaded, each through its bits.
 struct BFloat16 {
   uint16_t bits;

@@ -26,7 +26,7 @@ inline int64_t depthwise_items(const DepthwiseConv2dActParams& p) {
 }
 
 inline bool depthwise_reads_in_place(const DepthwiseConv2dActParams& p) {
-  return p.x.elements.dtype == DType::kFloat32 && p.x.channel == 1;
+  return p.x.elements.dtype == DType::kFloat32 && p.x.channel == 1 && p.height > 0 && p.width > 0;
 }
 
 // Rows of the image that a tile holds: those under the filter, or all of an item.

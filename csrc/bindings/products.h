@@ -92,11 +92,13 @@ struct Positions {
   // type. A slab that is alone, as too few positions to divide are, leaves the threads to the product and the pass.
   template <class F>
   void for_slabs(int64_t channels, const F& f) const {
-    constexpr int64_t kLeast = 64, kMost = 256;  // positions: below, products slow down; above, results leave the cache
+    // Positions. Below `least` products slow down, beyond `most` results leave the cache; each product in 16 bits packs
+    // the weights anew, which takes as long as 30 positions do.
+    const int64_t least = type == ScalarType::Float ? 64 : 512, most = type == ScalarType::Float ? 128 : 1024;
     const int64_t groups = join ? 1 : batch, group = join ? batch * height * width : height * width;
     const int64_t threads = torch::stable::get_num_threads();
-    int64_t parts = ceil_div(group, kMost);
-    if (groups < threads) parts = std::clamp<int64_t>(group / kLeast, 1, ceil_div(parts * groups, threads) * threads);
+    int64_t parts = ceil_div(group, most);
+    if (groups < threads) parts = std::clamp<int64_t>(group / least, 1, ceil_div(parts * groups, threads) * threads);
     const int64_t bytes = ceil_div(group, parts) * channels * (type == ScalarType::Float ? 4 : 2);
     torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<char[]> memory(new char[bytes]);

@@ -18,7 +18,8 @@ from mobilemamba_kernels.backends import use_backend
 
 LAYOUTS = ("channels_first", "channels_last", "channels_slice", "strided")
 """Contiguous; positions outside, channels inside, as the network hands them; a slice of the channels of such a tensor,
-as its mixer does; a slice of every dimension with steps, none dense, columns outside rows. Gaps hold NaN, which shows a stray read."""
+as its mixer does; a slice of every dimension with steps, none dense, columns outside rows. Gaps hold NaN, which shows a
+stray read."""
 
 
 @dataclass(frozen=True)

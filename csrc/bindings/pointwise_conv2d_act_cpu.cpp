@@ -25,8 +25,14 @@ Tensor pointwise_conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tenso
   const Activation before = activation_of(input_activation), after = activation_of(activation);
   const bool reads_in_place = before == Activation::kNone && positions.is_matrix(from.map, x.scalar_type());
   const bool writes_in_place = positions.is_matrix(to.map, y.scalar_type());
-  const bool passes = bias || residual || after != Activation::kNone || !writes_in_place;
+  // The product adds a bias faster than a pass of our own, which adds it for nothing where it has to run anyway.
+  const bool passes = residual || after != Activation::kNone || !writes_in_place;
+  const std::optional<Tensor> product_bias = bias && !passes ? std::make_optional(convert(*bias, type)) : std::nullopt;
 
+  if (reads_in_place && !passes && positions.join) {  // nothing of our own to keep in cache for
+    positions.multiply(to, from, weights, 0, positions.batch * positions.height * positions.width, product_bias);
+    return y;
+  }
   positions.for_slabs((reads_in_place ? 0 : channels) + (writes_in_place ? 0 : out),
                       [&](int64_t first, int64_t count, char* memory) {
                         Part in = from, sums = to;
@@ -35,7 +41,7 @@ Tensor pointwise_conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tenso
                           positions.pass(in, from, channels, first, count, before);
                         }
                         if (!writes_in_place) sums = positions.buffer(memory, first, count, out);
-                        positions.multiply(sums, in, weights, first, count);
+                        positions.multiply(sums, in, weights, first, count, product_bias);
                         if (passes) positions.pass(to, sums, out, first, count, after, bias, added);
                       });
   return y;

@@ -60,23 +60,26 @@ struct Positions {
     return {{e, height * width * channels, 1, width * channels, channels}, first * channels};
   }
 
-  // out = in · weightᵀ for a slab. All three are new tensors: the threads of a parallel_for know nothing of the
+  // out = in · weightᵀ + bias for a slab. All are new tensors: the threads of a parallel_for know nothing of the
   // caller's grad mode, and out= refuses what requires a gradient.
-  void multiply(const Part& out, const Part& in, const Tensor& weight, int64_t first, int64_t positions) const {
-    const auto matrix = [&](void* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
-      const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-      return torch::stable::detail::from(torch::stable::from_blob(data, {rows, columns}, {row, column}, cpu, type));
+  void multiply(const Part& out, const Part& in, const Tensor& weight, int64_t first, int64_t positions,
+                const std::optional<Tensor>& bias = std::nullopt) const {
+    using Numbers = torch::headeronly::IntHeaderOnlyArrayRef;
+    const auto tensor = [&](void* data, Numbers sizes, Numbers strides) {
+      return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                      type);
     };
     const auto slab = [&](const Part& part, int64_t channels) {
       const Map& m = part.map;
       const int64_t image = height * width, offset = first / image * m.batch + first % image * m.column - part.skip;
-      return matrix((m.elements + offset).data, positions, channels, m.column, m.channel);
+      return tensor((m.elements + offset).data, {positions, channels}, {m.column, m.channel});
     };
-    const int64_t outputs = weight.size(0), inputs = weight.size(1);
-    std::array<StableIValue, 3> stack{slab(in, inputs),
-                                      matrix(weight.data_ptr(), inputs, outputs, weight.stride(1), weight.stride(0)),
-                                      slab(out, outputs)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    const auto same = [&](const Tensor& t) { return tensor(t.data_ptr(), t.sizes(), t.strides()); };
+    using torch::stable::detail::from;
+    std::array<StableIValue, 4> stack{from(slab(in, weight.size(1))), from(same(weight)),
+                                      from(bias ? std::make_optional(same(*bias)) : std::nullopt),
+                                      from(slab(out, weight.size(0)))};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   }
 

@@ -23,14 +23,24 @@ struct Coefficient {
 // One state through `count` positions, upwards or (reverse) downwards: h = 2^(dt a) h + dt u B, y += C h, with a = A
 // log2 e. About 20 vector operations a position, 12 of them the exponential; the chain through h is one fused
 // multiply-add.
-template <bool kOutput>
+// The first state of a direction starts its share of y with skip u, or nothing if it does not skip.
+enum class Output { kNone, kFirst, kFurther };
+struct Start {
+  bool accumulates, skips;
+  Vec skip;
+};
+template <Output kOutput>
 INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, Coefficient b, Coefficient c, Vec h,
-                     bool reverse, int64_t count) {
+                     bool reverse, int64_t count, Start start) {
   const int64_t step = reverse ? -1 : 1;
   for (int64_t i = 0, l = reverse ? count - 1 : 0; i < count; ++i, l += step) {
     const Vec delta = load(dt + l * kLanes);
-    h = exp2(delta * a) * h + delta * load(u + l * kLanes) * b[l];
-    if (kOutput) store(y + l * kLanes, load(y + l * kLanes) + c[l] * h);
+    const Vec input = load(u + l * kLanes);
+    h = exp2(delta * a) * h + delta * input * b[l];
+    if (kOutput == Output::kNone) continue;
+    Vec sum = kOutput == Output::kFurther || start.accumulates ? load(y + l * kLanes) : Vec{};
+    if (kOutput == Output::kFirst && start.skips) sum += start.skip * input;
+    store(y + l * kLanes, sum + c[l] * h);
   }
   return h;
 }
@@ -39,11 +49,16 @@ INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, Coefficie
 template <bool kOutput, class Source>
 static void scan_chunk(float* y, const float* dt, const float* u, float* h, float* rows, const Source& source,
                        int64_t k, int64_t start, int64_t count) {
+  // An absent D is not D = 0: 0 · infinity is NaN.
+  const Start first = {k == 1, source.skips(), source.skips() ? source.D(k) : Vec{}};
   for (int64_t n = 0; n < source.state; ++n) {
     const Coefficient b = source.B(rows, k, n, start, count);
     const Coefficient c = kOutput ? source.C(rows + kScanChunk, k, n, start, count) : Coefficient{};
-    const Vec a = source.A(k, n) * kLog2E;
-    store(h + n * kLanes, scan_tile<kOutput>(y, dt, u, a, b, c, load(h + n * kLanes), k == 1, count));
+    const Vec a = source.A(k, n) * kLog2E, entering = load(h + n * kLanes);
+    const Vec leaving = !kOutput ? scan_tile<Output::kNone>(y, dt, u, a, b, c, entering, k == 1, count, first)
+                        : n == 0 ? scan_tile<Output::kFirst>(y, dt, u, a, b, c, entering, k == 1, count, first)
+                                 : scan_tile<Output::kFurther>(y, dt, u, a, b, c, entering, k == 1, count, first);
+    store(h + n * kLanes, leaving);
   }
 }
 
@@ -75,11 +90,11 @@ struct ScanScratch {
         down(up + kMaxState * kLanes) {}
 };
 
-// Scans all directions chunk by chunk and hands each chunk's sum to output(y, start, count). The second direction's
+// Scans all directions chunk by chunk and hands each chunk's sum to write(y, start, count). The second direction's
 // states at the chunks' ends are found first, by a pass of their own that a sequence of one chunk does not need. On
 // return scratch.up holds the last states of direction 0.
-template <class Source, class Output>
-static void scan_forward(const Source& source, const ScanScratch& s, Output output) {
+template <class Source, class Write>
+static void scan_forward(const Source& source, const ScanScratch& s, Write write) {
   const int64_t size = source.state * kLanes;
   std::memset(s.up, 0, size * sizeof(float));
   if (source.directions == 2) entering_states(s.down, s.dt, s.u, s.rows, source, 1, kScanChunk);
@@ -87,16 +102,10 @@ static void scan_forward(const Source& source, const ScanScratch& s, Output outp
     const int64_t count = source.length - start < kScanChunk ? source.length - start : kScanChunk;
     for (int64_t k = 0; k < source.directions; ++k) {
       source.inputs(k == 1 && source.shared_u ? nullptr : s.u, s.dt, k, start, count);
-      const bool skips = source.skips();  // an absent D is not D = 0: 0 · infinity is NaN
-      const Vec d = skips ? source.D(k) : Vec{};
-      for (int64_t l = 0; l < count; ++l) {
-        const Vec skip = skips ? d * load(s.u + l * kLanes) : d;
-        store(s.y + l * kLanes, k == 0 ? skip : load(s.y + l * kLanes) + skip);
-      }
       float* h = k == 0 ? s.up : s.down + start / kScanChunk * size;
       scan_chunk<true>(s.y, s.dt, s.u, h, s.rows, source, k, start, count);
     }
-    output(s.y, start, count);
+    write(s.y, start, count);
   }
 }
 

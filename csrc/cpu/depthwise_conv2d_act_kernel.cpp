@@ -45,6 +45,12 @@ INLINE void unrolled(std::integer_sequence<int, kIndex...>, F f) {
   (f(std::integral_constant<int, kIndex>{}), ...);
 }
 
+// Asks for a row of a block in the second cache. A block is too short a piece of memory for the processor to foresee
+// the next row; from memory the kernel takes two thirds of the time with this, from the last cache a twentieth more.
+INLINE void prefetch(const float* row, int64_t column, int64_t columns) {
+  for (int64_t i = 0; i < columns; ++i) __builtin_prefetch(row + i * column, 0, 2);
+}
+
 // Outputs from column `first` on leave the registers.
 template <int... kIndex>
 INLINE void emit(const Window& w, int64_t first, const Vec* acc, std::integer_sequence<int, kIndex...> outputs) {
@@ -153,6 +159,15 @@ static SumRow choose(const DepthwiseConv2dActParams& p) {
   return sum_row<0, 0>;
 }
 
+// y = silu(y) + residual for a row of y, of channels that fill vectors.
+static void silu_row(const DepthwiseConv2dActParams& p, float* y, const float* residual, int64_t channels) {
+  for (int64_t i = 0; i < p.out_width; ++i, y += p.y.column, residual += residual ? p.residual.column : 0)
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const Vec v = silu(load(y + c));
+      store(y + c, residual ? v + load(residual + c) : v);
+    }
+}
+
 // y = activation(sums) + residual for `positions` positions from (b, c, row, 0) on, in joined rows.
 static void finish(const DepthwiseConv2dActParams& p, float* sums, float* added, int64_t b, int64_t c, int64_t row,
                    int64_t channels, int64_t positions) {
@@ -193,7 +208,7 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
   float* added = sums + depthwise_sums(p) * kLanes;
   const bool in_place = depthwise_reads_in_place(p);
   const bool stores_in_place =
-      !p.transposes && p.y.elements.dtype == DType::kFloat32 && p.activation != Activation::kSilu &&
+      !p.transposes && p.y.elements.dtype == DType::kFloat32 &&
       (!p.residual || (p.residual.elements.dtype == DType::kFloat32 && p.residual.channel == 1));
   const bool rows_join = p.transposes && p.x.row == p.width * p.x.column;
   const bool out_rows_join = p.transposes && p.y.row == p.out_width * p.y.column &&
@@ -230,15 +245,24 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
       if (in_place && stores_in_place) {
         w.x = static_cast<const float*>(p.x.at(b, c, w.rows > 0 ? first : 0, 0).data);
         w.row = p.x.row, w.column = p.x.column;
-        w.y = static_cast<float*>(p.y.at(b, c, y, 0).data), w.y_column = p.y.column, w.stored = true;
+        float* const out = static_cast<float*>(p.y.at(b, c, y, 0).data);
+        const float* const residual = p.residual ? static_cast<const float*>(p.residual.at(b, c, y, 0).data) : nullptr;
+        const bool silu = p.activation == Activation::kSilu;  // on the row as a whole, which is still in cache
+        w.y = out, w.y_column = p.y.column, w.stored = true;
         w.low = p.activation == Activation::kRelu ? 0.0f : -__builtin_inff();
-        if (p.residual)
-          w.residual = static_cast<const float*>(p.residual.at(b, c, y, 0).data), w.residual_column = p.residual.column;
+        w.residual = silu ? nullptr : residual, w.residual_column = p.residual.column;
         for (; c + kLanes <= group_end; c += kLanes) {
+          if (last < p.height)
+            for (int64_t i = 0; i < p.stride; ++i) prefetch(w.x + (w.rows + i) * w.row, w.column, p.width);
+          if (y + 1 < y1) {
+            prefetch(w.y + p.y.row, w.y_column, p.out_width);
+            if (w.residual) prefetch(w.residual + p.residual.row, w.residual_column, p.out_width);
+          }
           sum_row(p, w);
           w.x += kLanes, w.y += kLanes, w.weights += taps * kLanes, w.bias += kLanes;
           if (w.residual) w.residual += kLanes;
         }
+        if (silu) silu_row(p, out, residual, c - group);
       }
       for (; c < group_end; c += kLanes) {
         const int64_t channels = group_end - c < kLanes ? group_end - c : kLanes;

@@ -20,7 +20,8 @@ void divide(DepthwiseConv2dActParams& p, int64_t lanes) {
     p.rows = std::clamp<int64_t>(kTiles / lanes / std::max(p.width * p.stride, p.out_width), 1, p.out_height);
   } else {
     const int64_t most =
-        std::min(kWeights / (p.k * p.k), depthwise_reads_in_place(p) ? kWeights : kTiles / (p.k * p.width));
+        std::min(kWeights / (p.k * p.k),
+                 depthwise_reads_in_place(p) ? kWeights : kTiles / (p.k * std::max<int64_t>(1, p.width)));
     const int64_t share = std::max(kLeastBlocks, ceil_div(blocks * p.batch, threads));
     p.group = std::clamp<int64_t>(std::min(most / lanes, share), 1, blocks) * lanes;
     p.rows = p.out_height;

@@ -1,10 +1,10 @@
-// The selective scan over tiles: lanes are channels, positions run one after the other, a state stays in a register.
+// The selective scan over rows: lanes are channels, positions run one after the other, a state stays in a register.
 //
 // Where u, Δ, B, C, A and D come from is a Source's business:
-//   int64_t length, state, directions; bool shared_u;
-//   void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count);  // u = nullptr: it is kept for k = 1 if
-//   shared Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count), C(the same); Vec A(int64_t k,
-//   int64_t n), D(int64_t k);  bool skips();  // whether there is a D
+//   int64_t length, state, directions;
+//   Rows u(float* tile, int64_t k, int64_t start, int64_t count), dt(the same);
+//   Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count), C(the same);
+//   Vec A(int64_t k, int64_t n), D(int64_t k);  bool skips();  // whether there is a D
 #pragma once
 
 #include "cpu/tile.h"
@@ -13,12 +13,23 @@
 BEGIN_KERNELS
 namespace {
 
-// B or C of one state: a row with a value a position, or (row == nullptr) a fixed value a lane.
+// B or C of one state: a value a position, or (values == nullptr) a fixed value a lane.
 struct Coefficient {
-  const float* row;
+  const float* values;
+  int64_t step;
   Vec fixed;
-  INLINE_MEMBER Vec operator[](int64_t l) const { return row ? splat(row[l]) : fixed; }
+  INLINE_MEMBER Vec operator[](int64_t l) const { return values ? splat(values[l * step]) : fixed; }
 };
+
+// Calls f(start, count) for every tile of positions in [begin, end), in the order of direction k.
+template <class F>
+INLINE void each_tile(int64_t k, int64_t begin, int64_t end, F f) {
+  const int64_t tiles = (end - begin + kScanTile - 1) / kScanTile;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t start = begin + (k == 1 ? tiles - 1 - i : i) * kScanTile;
+    f(start, end - start < kScanTile ? end - start : kScanTile);
+  }
+}
 
 // One state through `count` positions, upwards or (reverse) downwards: h = 2^(dt a) h + dt u B, y += C h, with a = A
 // log2 e. About 20 vector operations a position, 12 of them the exponential; the chain through h is one fused
@@ -29,83 +40,87 @@ struct Start {
   bool accumulates, skips;
   Vec skip;
 };
+constexpr int64_t kPrefetch = 16;
 template <Output kOutput>
-INLINE Vec scan_tile(float* y, const float* dt, const float* u, Vec a, Coefficient b, Coefficient c, Vec h,
-                     bool reverse, int64_t count, Start start) {
+INLINE Vec scan_tile(Rows y, Rows dt, Rows u, Vec a, Coefficient b, Coefficient c, Vec h, bool reverse, int64_t count,
+                     Start start) {
   const int64_t step = reverse ? -1 : 1;
   for (int64_t i = 0, l = reverse ? count - 1 : 0; i < count; ++i, l += step) {
-    const Vec delta = load(dt + l * kLanes);
-    const Vec input = load(u + l * kLanes);
+    const Vec delta = dt.get(l), input = u.get(l);
+    u.prefetch(l + kPrefetch * step);
+    if (kOutput == Output::kFirst) y.prefetch(l + kPrefetch * step);
     h = exp2(delta * a) * h + delta * input * b[l];
     if (kOutput == Output::kNone) continue;
-    Vec sum = kOutput == Output::kFurther || start.accumulates ? load(y + l * kLanes) : Vec{};
+    Vec sum = kOutput == Output::kFurther || start.accumulates ? y.get(l) : Vec{};
     if (kOutput == Output::kFirst && start.skips) sum += start.skip * input;
-    store(y + l * kLanes, sum + c[l] * h);
+    y.set(l, sum + c[l] * h);
   }
   return h;
 }
 
-// Every state of direction k over a chunk whose u and dt are in tiles; h: kLanes values a state, updated.
+// One thread's tiles: scan_fwd_scratch floats.
+struct ScanScratch {
+  float *u, *dt, *rows, *y, *up, *down;
+  explicit ScanScratch(float* s)
+      : u(s),
+        dt(u + kScanTile * kLanes),
+        rows(dt + kScanTile * kLanes),
+        y(rows + 2 * kScanTile),
+        up(y + kScanChunk * kLanes),
+        down(up + kMaxState * kLanes) {}
+};
+
+// Every state of direction k over the positions from `begin` to `end`; h: kLanes values a state, updated; y: of begin.
 template <bool kOutput, class Source>
-static void scan_chunk(float* y, const float* dt, const float* u, float* h, float* rows, const Source& source,
-                       int64_t k, int64_t start, int64_t count) {
+static void scan_positions(Rows y, float* h, const ScanScratch& s, const Source& source, int64_t k, int64_t begin,
+                           int64_t end) {
   // An absent D is not D = 0: 0 · infinity is NaN.
   const Start first = {k == 1, source.skips(), source.skips() ? source.D(k) : Vec{}};
-  for (int64_t n = 0; n < source.state; ++n) {
-    const Coefficient b = source.B(rows, k, n, start, count);
-    const Coefficient c = kOutput ? source.C(rows + kScanChunk, k, n, start, count) : Coefficient{};
-    const Vec a = source.A(k, n) * kLog2E, entering = load(h + n * kLanes);
-    const Vec leaving = !kOutput ? scan_tile<Output::kNone>(y, dt, u, a, b, c, entering, k == 1, count, first)
-                        : n == 0 ? scan_tile<Output::kFirst>(y, dt, u, a, b, c, entering, k == 1, count, first)
-                                 : scan_tile<Output::kFurther>(y, dt, u, a, b, c, entering, k == 1, count, first);
-    store(h + n * kLanes, leaving);
-  }
+  each_tile(k, begin, end, [&](int64_t start, int64_t count) {
+    const Rows u = source.u(s.u, k, start, count), dt = source.dt(s.dt, k, start, count);
+    const Rows out = {y[start - begin], y.step};
+    for (int64_t n = 0; n < source.state; ++n) {
+      const Coefficient b = source.B(s.rows, k, n, start, count);
+      const Coefficient c = kOutput ? source.C(s.rows + kScanTile, k, n, start, count) : Coefficient{};
+      const Vec a = source.A(k, n) * kLog2E, entering = load(h + n * kLanes);
+      const Vec leaving = !kOutput ? scan_tile<Output::kNone>(out, dt, u, a, b, c, entering, k == 1, count, first)
+                          : n == 0 ? scan_tile<Output::kFirst>(out, dt, u, a, b, c, entering, k == 1, count, first)
+                                   : scan_tile<Output::kFurther>(out, dt, u, a, b, c, entering, k == 1, count, first);
+      store(h + n * kLanes, leaving);
+    }
+  });
 }
 
 // Writes the states that enter every chunk of direction k: `state` times kLanes values a chunk.
 template <class Source>
-static void entering_states(float* states, float* dt, float* u, float* rows, const Source& source, int64_t k,
-                            int64_t chunk) {
+static void entering_states(float* states, const ScanScratch& s, const Source& source, int64_t k, int64_t chunk) {
   const int64_t chunks = (source.length + chunk - 1) / chunk, size = source.state * kLanes;
   const int64_t first = k == 1 ? chunks - 1 : 0, step = k == 1 ? -1 : 1;
   std::memset(states + first * size, 0, size * sizeof(float));
   for (int64_t i = 0, c = first; i + 1 < chunks; ++i, c += step) {
-    const int64_t start = c * chunk, count = source.length - start < chunk ? source.length - start : chunk;
+    const int64_t start = c * chunk, end = source.length < start + chunk ? source.length : start + chunk;
     float* next = states + (c + step) * size;
     std::memcpy(next, states + c * size, size * sizeof(float));
-    source.inputs(u, dt, k, start, count);
-    scan_chunk<false>(nullptr, dt, u, next, rows, source, k, start, count);
+    scan_positions<false>({}, next, s, source, k, start, end);
   }
 }
 
-// One thread's tiles for scan_forward: scan_fwd_scratch floats.
-struct ScanScratch {
-  float *u, *dt, *y, *rows, *up, *down;
-  explicit ScanScratch(float* s)
-      : u(s),
-        dt(u + kScanChunk * kLanes),
-        y(dt + kScanChunk * kLanes),
-        rows(y + kScanChunk * kLanes),
-        up(rows + 2 * kScanChunk),
-        down(up + kMaxState * kLanes) {}
-};
-
-// Scans all directions chunk by chunk and hands each chunk's sum to write(y, start, count). The second direction's
-// states at the chunks' ends are found first, by a pass of their own that a sequence of one chunk does not need. On
-// return scratch.up holds the last states of direction 0.
+// Scans all directions and hands their sum to write(y, start, count). Where the result lies in memory as float32 rows,
+// `in_place` is that memory, and the sum is made there, for the whole sequence at once; else it is made chunk by chunk,
+// after a pass that finds the second direction's states at the chunks' ends. On return scratch.up holds the last states
+// of direction 0.
 template <class Source, class Write>
-static void scan_forward(const Source& source, const ScanScratch& s, Write write) {
-  const int64_t size = source.state * kLanes;
+static void scan_forward(const Source& source, const ScanScratch& s, Rows in_place, Write write) {
+  const int64_t size = source.state * kLanes, chunk = in_place.data ? source.length : kScanChunk;
   std::memset(s.up, 0, size * sizeof(float));
-  if (source.directions == 2) entering_states(s.down, s.dt, s.u, s.rows, source, 1, kScanChunk);
-  for (int64_t start = 0; start < source.length; start += kScanChunk) {
-    const int64_t count = source.length - start < kScanChunk ? source.length - start : kScanChunk;
-    for (int64_t k = 0; k < source.directions; ++k) {
-      source.inputs(k == 1 && source.shared_u ? nullptr : s.u, s.dt, k, start, count);
-      float* h = k == 0 ? s.up : s.down + start / kScanChunk * size;
-      scan_chunk<true>(s.y, s.dt, s.u, h, s.rows, source, k, start, count);
-    }
-    write(s.y, start, count);
+  if (source.length == 0) return;
+  if (source.directions == 2) entering_states(s.down, s, source, 1, chunk);
+  for (int64_t start = 0; start < source.length; start += chunk) {
+    const int64_t end = source.length - start < chunk ? source.length : start + chunk;
+    const Rows y = in_place.data ? in_place : Rows{s.y};
+    for (int64_t k = 0; k < source.directions; ++k)
+      scan_positions<true>(y, k == 0 ? s.up : s.down + start / chunk * size, s, source, k, start, end);
+    write(y, start, end - start);
   }
 }
 

@@ -1,6 +1,6 @@
 // One item is kLanes channels of one image (forward), or the channels of one slice (backward): lanes are channels, so a
-// sequential scan keeps every lane busy and needs no communication. Both directions of an item run over the same tiles
-// in cache; u, delta and z are read once and the result is written once.
+// sequential scan keeps every lane busy and needs no communication. Both directions of an item run over the same rows
+// in cache; memory sees u, delta and z read once and the result written once.
 //
 // Backward, with g the gradient of the state h:
 //   g_l = C_l dy_l + a_{l+1} g_{l+1},  dB = Σ g dt u,  dC = Σ dy h,  du = g dt B + D dy,
@@ -30,7 +30,6 @@ struct TensorSource {
   const SelectiveScanParams& p;
   const Block x;
   const int64_t length = p.length, state = p.state, directions = p.directions;
-  const bool shared_u = p.u.direction == 0;
 
   Vec lanes(const ScanTensor& t, int64_t k, int64_t n) const {
     return t ? load_lanes(t.at(0, k, x.channel, n, 0), t.channel, x.channels) : Vec{};
@@ -40,9 +39,11 @@ struct TensorSource {
   Vec D(int64_t k) const { return lanes(p.D, k, 0); }
   Coefficient coefficient(float* row, const ScanTensor& t, bool varies, int64_t group, int64_t k, int64_t n,
                           int64_t start, int64_t count) const {
-    if (!varies) return {nullptr, lanes(t, 0, n)};
-    load_row(row, t.at(x.batch, k, x.group / group, n, start), t.position, count);
-    return {row, Vec{}};
+    if (!varies) return {nullptr, 0, lanes(t, 0, n)};
+    const Elements e = t.at(x.batch, k, x.group / group, n, start);
+    if (e.dtype == DType::kFloat32) return {static_cast<const float*>(e.data), t.position, Vec{}};
+    load_row(row, e, t.position, count);
+    return {row, 1, Vec{}};
   }
   Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
     return coefficient(row, p.B, p.B_varies, p.B_group, k, n, start, count);
@@ -50,28 +51,35 @@ struct TensorSource {
   Coefficient C(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
     return coefficient(row, p.C, p.C_varies, p.C_group, k, n, start, count);
   }
-  void steps(float* dt, const float* delta, int64_t k, int64_t count) const {
+  Rows rows(float* tile, const ScanTensor& t, int64_t k, int64_t start, int64_t count) const {
+    return load_rows(tile, t.at(x.batch, k, x.channel, 0, start), t.channel, t.position, x.channels, count);
+  }
+  Rows u(float* tile, int64_t k, int64_t start, int64_t count) const { return rows(tile, p.u, k, start, count); }
+  Rows dt(float* tile, int64_t k, int64_t start, int64_t count) const {
+    return steps(tile, rows(tile, p.delta, k, start, count), k, count);
+  }
+  Rows steps(float* tile, Rows delta, int64_t k, int64_t count) const {
     const Vec bias = lanes(p.delta_bias, k, 0);
     for (int64_t l = 0; l < count; ++l) {
-      const Vec raw = load(delta + l * kLanes) + bias;
-      store(dt + l * kLanes, p.softplus ? softplus(raw) : raw);
+      const Vec raw = delta.get(l) + bias;
+      delta.prefetch(l + 16);
+      store(tile + l * kLanes, p.softplus ? softplus(raw) : raw);
     }
-  }
-  void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count) const {
-    if (u) read(u, p.u, x, k, start, count);
-    read(dt, p.delta, x, k, start, count);
-    steps(dt, dt, k, count);
+    return {tile};
   }
 };
 
 static void forward_block(const SelectiveScanParams& p, const Block& x, const ScanScratch& s) {
   const TensorSource source{p, x};
-  scan_forward(source, s, [&](float* y, int64_t start, int64_t count) {
-    if (p.z) {
-      read(s.dt, p.z, x, 0, start, count);
-      for (int64_t l = 0; l < count; ++l) store(y + l * kLanes, load(y + l * kLanes) * silu(load(s.dt + l * kLanes)));
-    }
-    write(y, p.out, x, 0, start, count);
+  const Elements out = p.out.at(x.batch, 0, x.channel, 0, 0);
+  const Rows place = needs_no_tile(out, p.out.channel, x.channels) ? in_place(out, p.out.position) : Rows{};
+  scan_forward(source, s, place, [&](Rows y, int64_t begin, int64_t count) {
+    if (p.z)
+      each_tile(0, begin, begin + count, [&](int64_t start, int64_t some) {
+        const Rows z = source.rows(s.u, p.z, 0, start, some);
+        for (int64_t l = 0; l < some; ++l) y.set(start - begin + l, y.get(start - begin + l) * silu(z.get(l)));
+      });
+    if (!place.data) write(y.data, p.out, x, 0, begin, count);
   });
   if (p.last_state)
     store_tile(s.up, p.last_state.at(x.batch, 0, x.channel, 0, 0), p.last_state.channel, p.last_state.state, x.channels,
@@ -99,7 +107,7 @@ struct BackwardScratch {
     constexpr int64_t tile = kScanBackwardChunk * kLanes;
     float** tiles[] = {&u, &delta, &dt, &dy, &du, &ddt, &decay, &carried, &product_b, &product_c};
     for (float** t : tiles) *t = s, s += tile;
-    rows = s, s += 2 * kScanChunk;
+    rows = s, s += 2 * kScanBackwardChunk;
     adjoint = s, s += kMaxState * kLanes;
     states = s, s += (p.length + kScanBackwardChunk - 1) / kScanBackwardChunk * p.state * kLanes;
     sum_u = s, s += p.length * kLanes;
@@ -117,7 +125,7 @@ static void backward_chunk(const TensorSource& source, const BackwardScratch& s,
   std::memset(s.du, 0, count * kLanes * sizeof(float));
   const int64_t channel_index = (x.batch * p.directions + k) * p.dim + x.channel;
   for (int64_t n = 0; n < p.state; ++n) {
-    const Coefficient b = source.B(s.rows, k, n, start, count), c = source.C(s.rows + kScanChunk, k, n, start, count);
+    const Coefficient b = source.B(s.rows, k, n, start, count), c = source.C(s.rows + kScanBackwardChunk, k, n, start, count);
     const Vec a = source.A(k, n);
     Vec h = load(entering + n * kLanes);
     for (int64_t i = 0, l = first; i < count; ++i, l += step) {
@@ -176,15 +184,16 @@ static void backward_block(const SelectiveScanParams& p, const Block& x, const B
   const int64_t chunks = (p.length + chunk - 1) / chunk;
   const TensorSource source{p, x};
   const bool shared_u = p.directions == 2 && p.u.direction == 0;
+  const ScanScratch scratch(s.sum_y + p.length * kLanes);
   if (p.z) {
     // The gate's gradient needs the sum of both directions: run the forward, ungated, into float32 in scratch.
     SelectiveScanParams ungated = p;
     ungated.z = ungated.last_state = {};
     ungated.out = {{s.sum_y - x.channel, DType::kFloat32}, 0, 0, 1, 0, kLanes};
-    forward_block(ungated, x, ScanScratch(s.sum_y + p.length * kLanes));
+    forward_block(ungated, x, scratch);
   }
   for (int64_t k = 0; k < p.directions; ++k) {
-    entering_states(s.states, s.dt, s.u, s.rows, source, k, chunk);
+    entering_states(s.states, scratch, source, k, chunk);
     std::memset(s.adjoint, 0, p.state * kLanes * sizeof(float));
     if (p.grad_last_state) {
       const ScanTensor& t = p.grad_last_state;
@@ -199,7 +208,7 @@ static void backward_block(const SelectiveScanParams& p, const Block& x, const B
       read(s.u, p.u, x, k, start, count);
       read(s.delta, p.delta, x, k, start, count);
       read(s.dy, p.grad_out, x, 0, start, count);
-      source.steps(s.dt, s.delta, k, count);
+      source.steps(s.dt, {s.delta}, k, count);
       if (p.z) {
         read(s.decay, p.z, x, 0, start, count);
         for (int64_t l = 0; l < count; ++l) {

@@ -58,7 +58,6 @@ struct ProjectedSource {
   const Ss2dParams& p;
   const int64_t image, channel;
   const int64_t length = p.length, state = p.state, directions = 2;
-  const bool shared_u = true;
 
   const float* column(int64_t k, int64_t i, int64_t start) const {
     return p.projected + ((image - p.first_image) * p.length + start) * p.columns + k * (p.rank + 2 * p.state) + i;
@@ -66,18 +65,16 @@ struct ProjectedSource {
   Vec A(int64_t k, int64_t n) const { return load(p.A + (k * p.state + n) * p.padded_dim + channel); }
   bool skips() const { return true; }
   Vec D(int64_t k) const { return load(p.D + k * p.padded_dim + channel); }
-  Coefficient gather(float* row, const float* from, int64_t count) const {
-    for (int64_t l = 0; l < count; ++l) row[l] = from[l * p.columns];
-    return {row, Vec{}};
+  Coefficient B(float*, int64_t k, int64_t n, int64_t start, int64_t) const {
+    return {column(k, p.rank + n, start), p.columns, Vec{}};
   }
-  Coefficient B(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
-    return gather(row, column(k, p.rank + n, start), count);
+  Coefficient C(float*, int64_t k, int64_t n, int64_t start, int64_t) const {
+    return {column(k, p.rank + p.state + n, start), p.columns, Vec{}};
   }
-  Coefficient C(float* row, int64_t k, int64_t n, int64_t start, int64_t count) const {
-    return gather(row, column(k, p.rank + p.state + n, start), count);
+  Rows u(float* tile, int64_t, int64_t start, int64_t count) const {
+    return load_rows(tile, p.x.at(image, channel, start), p.x.channel, p.x.position, channels_from(p, channel), count);
   }
-  void inputs(float* u, float* dt, int64_t k, int64_t start, int64_t count) const {
-    if (u) load_tile(u, p.x.at(image, channel, start), p.x.channel, p.x.position, channels_from(p, channel), count);
+  Rows dt(float* dt, int64_t k, int64_t start, int64_t count) const {
     const float* weights = p.dt_proj + k * p.rank * p.padded_dim + channel;
     const float* low = column(k, 0, start);
     const Vec bias = load(p.dt_bias + k * p.padded_dim + channel);
@@ -97,6 +94,7 @@ struct ProjectedSource {
       }
       for (int64_t i = 0; i < rows; ++i) store(dt + (l + i) * kLanes, softplus(raw[i]));
     }
+    return {dt};
   }
 };
 
@@ -135,9 +133,7 @@ void ss2d_scan(const Ss2dParams& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const ProjectedSource source{p, p.first_image + item / blocks, item % blocks * kLanes};
     float* sum = p.sum + item / blocks * p.length * p.padded_dim + source.channel;
-    scan_forward(source, ScanScratch(p.scratch), [&](const float* y, int64_t start, int64_t count) {
-      for (int64_t l = 0; l < count; ++l) store(sum + (start + l) * p.padded_dim, load(y + l * kLanes));
-    });
+    scan_forward(source, ScanScratch(p.scratch), {sum, p.padded_dim}, [](Rows, int64_t, int64_t) {});
   }
 }
 

@@ -1,7 +1,8 @@
 // Tiles: a few positions of kLanes channels, float32, channels together: tile[position * kLanes + channel].
 //
 // Both layouts are read and written without a copy of the tensor: channels-last is a row of loads, channels-first a
-// transposition in registers. Lanes beyond the tensor's channels are zero when read and dropped when written.
+// transposition in registers. Lanes beyond the tensor's channels are zero when read and dropped when written. A tensor
+// that has a tile's form but for the distance of its positions is used where it lies.
 #pragma once
 
 #include "cpu/vec.h"
@@ -50,6 +51,30 @@ namespace {
           store_some(p + c * channel_stride + l * position_stride, splat(tile[l * kLanes + c]), 1);
     }
   });
+}
+
+// Positions of kLanes channels, float32, channels together: a tile, or the part of a tensor that needs none.
+struct Rows {
+  float* data = nullptr;
+  int64_t step = kLanes;  // from a position to the next, in elements
+
+  INLINE_MEMBER float* operator[](int64_t l) const { return data + l * step; }
+  INLINE_MEMBER Vec get(int64_t l) const { return load(data + l * step); }
+  INLINE_MEMBER void prefetch(int64_t l) const { __builtin_prefetch(data + l * step); }
+  INLINE_MEMBER void set(int64_t l, Vec v) const { store(data + l * step, v); }
+};
+
+INLINE bool needs_no_tile(Elements e, int64_t channel_stride, int64_t channels) {
+  return e.dtype == DType::kFloat32 && channel_stride == 1 && channels == kLanes;
+}
+INLINE Rows in_place(Elements e, int64_t position_stride) { return {static_cast<float*>(e.data), position_stride}; }
+
+// To read, never to write: the tensor where it lies, or a copy of it in the tile.
+INLINE Rows load_rows(float* tile, Elements e, int64_t channel_stride, int64_t position_stride, int64_t channels,
+                      int64_t positions) {
+  if (needs_no_tile(e, channel_stride, channels)) return in_place(e, position_stride);
+  load_tile(tile, e, channel_stride, position_stride, channels, positions);
+  return {tile};
 }
 
 // The lanes of one vector, as load_tile reads them.

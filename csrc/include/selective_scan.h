@@ -56,7 +56,7 @@ inline int64_t scan_blocks(const SelectiveScanParams& p, int64_t lanes) {
 // Floats of one thread's scratch for a backward over vectors of `lanes`.
 inline int64_t scan_bwd_scratch(const SelectiveScanParams& p, int64_t lanes) {
   const int64_t chunks = (p.length + kScanBackwardChunk - 1) / kScanBackwardChunk;
-  return (10 * kScanBackwardChunk + kMaxState + chunks * p.state + 2 * p.length) * lanes + 2 * kScanChunk +
+  return (10 * kScanBackwardChunk + kMaxState + chunks * p.state + 2 * p.length) * lanes + 2 * kScanBackwardChunk +
          scan_fwd_scratch(p.length, p.state, lanes);
 }
 

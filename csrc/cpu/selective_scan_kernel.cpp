@@ -60,9 +60,18 @@ struct TensorSource {
   }
   Rows steps(float* tile, Rows delta, int64_t k, int64_t count) const {
     const Vec bias = lanes(p.delta_bias, k, 0);
-    for (int64_t l = 0; l < count; ++l) {
+    int64_t l = 0;
+    for (; p.softplus && l + kAhead <= count; l += kAhead) {
+      Pack<kAhead> raw;
+      for (int i = 0; i < kAhead; ++i) {
+        raw.v[i] = delta.get(l + i) + bias;
+        delta.prefetch(l + i + kPrefetch);
+      }
+      raw = softplus(raw);
+      for (int i = 0; i < kAhead; ++i) store(tile + (l + i) * kLanes, raw.v[i]);
+    }
+    for (; l < count; ++l) {
       const Vec raw = delta.get(l) + bias;
-      delta.prefetch(l + 16);
       store(tile + l * kLanes, p.softplus ? softplus(raw) : raw);
     }
     return {tile};
@@ -125,7 +134,8 @@ static void backward_chunk(const TensorSource& source, const BackwardScratch& s,
   std::memset(s.du, 0, count * kLanes * sizeof(float));
   const int64_t channel_index = (x.batch * p.directions + k) * p.dim + x.channel;
   for (int64_t n = 0; n < p.state; ++n) {
-    const Coefficient b = source.B(s.rows, k, n, start, count), c = source.C(s.rows + kScanBackwardChunk, k, n, start, count);
+    const Coefficient b = source.B(s.rows, k, n, start, count),
+                      c = source.C(s.rows + kScanBackwardChunk, k, n, start, count);
     const Vec a = source.A(k, n);
     Vec h = load(entering + n * kLanes);
     for (int64_t i = 0, l = first; i < count; ++i, l += step) {

@@ -79,6 +79,7 @@ INLINE Rows load_rows(float* tile, Elements e, int64_t channel_stride, int64_t p
 
 // The lanes of one vector, as load_tile reads them.
 INLINE Vec load_lanes(Elements e, int64_t channel_stride, int64_t channels) {
+  if (needs_no_tile(e, channel_stride, channels)) return load(static_cast<const float*>(e.data));
   float lanes[kLanes];
   load_tile(lanes, e, channel_stride, 0, channels, 1);
   return load(lanes);

@@ -195,22 +195,113 @@ INLINE float load_one(const float* p) { return *p; }
 INLINE float load_one(const BFloat16* p) { return from_bits(BitVec{} + (uint32_t{p->bits} << 16))[0]; }
 INLINE float load_one(const Float16* p) { return load_some(p, 1)[0]; }
 
+// Several vectors side by side: the operations of one fill the time in which another's wait for their operands.
+template <int kCount>
+struct Pack {
+  Vec v[kCount];
+};
+template <int kCount, class F>
+INLINE Pack<kCount> each(Pack<kCount> a, F f) {
+  for (int i = 0; i < kCount; ++i) a.v[i] = f(a.v[i]);
+  return a;
+}
+template <int kCount, class F>
+INLINE Pack<kCount> each(Pack<kCount> a, Pack<kCount> b, F f) {
+  for (int i = 0; i < kCount; ++i) a.v[i] = f(a.v[i], b.v[i]);
+  return a;
+}
+template <int kCount>
+INLINE Pack<kCount> operator+(Pack<kCount> a, Pack<kCount> b) {
+  return each(a, b, [](Vec x, Vec y) { return x + y; });
+}
+template <int kCount>
+INLINE Pack<kCount> operator-(Pack<kCount> a, Pack<kCount> b) {
+  return each(a, b, [](Vec x, Vec y) { return x - y; });
+}
+template <int kCount>
+INLINE Pack<kCount> operator*(Pack<kCount> a, Pack<kCount> b) {
+  return each(a, b, [](Vec x, Vec y) { return x * y; });
+}
+template <int kCount, class T>
+INLINE Pack<kCount> operator+(Pack<kCount> a, T b) {
+  return each(a, [b](Vec x) { return x + b; });
+}
+template <int kCount, class T>
+INLINE Pack<kCount> operator-(Pack<kCount> a, T b) {
+  return each(a, [b](Vec x) { return x - b; });
+}
+template <int kCount, class T>
+INLINE Pack<kCount> operator*(Pack<kCount> a, T b) {
+  return each(a, [b](Vec x) { return x * b; });
+}
+template <int kCount>
+INLINE Pack<kCount> magnitude(Pack<kCount> a) {
+  return each(a, [](Vec x) { return magnitude(x); });
+}
+template <int kCount>
+INLINE Pack<kCount> at_least(Pack<kCount> a, Vec low) {
+  return each(a, [low](Vec x) { return at_least(x, low); });
+}
+
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2^x to about one unit in the last place; subnormal results, infinities and NaN are right.
+// 2^x to about one unit in the last place, and log(1 + e^x) = max(x, 0) + log1p(e^-|x|), whose second term beyond 20 is
+// under half a unit in the last place of x, which makes it PyTorch's identity there. Subnormal results, infinities and
+// NaN are right.
 #if defined(__AVX512F__)
-INLINE Vec exp2(Vec x) {
-  // x - floor(x), and 0 for infinities; the last instruction multiplies by 2^floor(x).
-  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x09));
-  // Near-minimax on [0, 1], relative error 2e-9.
-  Vec p = splat(0.0002170224907f);
-  p = p * r + 0.001243968960f;
-  p = p * r + 0.009678840637f;
-  p = p * r + 0.05548334122f;
-  p = p * r + 0.2402298301f;
-  p = p * r + 0.6931470037f;
-  p = p * r + 1.0f;
+// Tables of one register halve the polynomials' degrees; the scans are bound by multiply-adds.
+alignas(64) constexpr float kExp2[kLanes] = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
+                                             1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f,
+                                             1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
+alignas(64) constexpr float kReciprocal[kLanes] = {
+    1.0f,        0.9375f, 0.88235295f, 0.8333333f, 0.7894737f, 0.75f,       0.71428573f, 0.6818182f,
+    0.65217394f, 0.625f,  0.6f,        0.5769231f, 0.5555556f, 0.53571427f, 0.51724136f, 0.5f};
+alignas(64) constexpr float kLog[kLanes] = {0.0f,       0.06453852f, 0.12516314f, 0.18232158f, 0.23638874f, 0.2876821f,
+                                            0.3364722f, 0.38299224f, 0.42744398f, 0.47000363f, 0.5108256f,  0.5500463f,
+                                            0.5877866f, 0.6241543f,  0.65924567f, 0.6931472f};
+
+// table[i], where the low four bits of `index`, as a float32 of unit 1, are i.
+INLINE Vec look_up(const float* table, Vec index) {
+  return reinterpret_cast<Vec>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), _mm512_load_ps(table)));
+}
+// x - the next lower 16th, 0 for infinities.
+INLINE Vec beyond_16th(Vec x) { return reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x49)); }
+// p times 2^floor(x).
+INLINE Vec scale(Vec p, Vec x) {
   return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x)));
+}
+template <int kCount>
+INLINE Pack<kCount> look_up(const float* table, Pack<kCount> index) {
+  return each(index, [table](Vec x) { return look_up(table, x); });
+}
+template <int kCount>
+INLINE Pack<kCount> beyond_16th(Pack<kCount> a) {
+  return each(a, [](Vec x) { return beyond_16th(x); });
+}
+template <int kCount>
+INLINE Pack<kCount> scale(Pack<kCount> p, Pack<kCount> x) {
+  return each(p, x, [](Vec a, Vec b) { return scale(a, b); });
+}
+template <class V>
+INLINE V exp2(V x) {
+  const V r = beyond_16th(x), power = look_up(kExp2, (x - r) + 0x1.8p19f);
+  // (2^r - 1) / r, near-minimax on [0, 1/16], relative error of the result 1.4e-9.
+  V p = r * 0.0566698995f + 0.2401842424f;
+  p = p * r + 0.6931476146f;
+  p = p * r * power + power;
+  return scale(p, x);
+}
+template <class V>
+INLINE V softplus(V x) {
+  const V t = exp2(magnitude(x) * -kLog2E);
+  // 1 + t = (1 + i / 15)(1 + r), i to the nearest.
+  const V index = t * 15.0f + 0x1.8p23f, reciprocal = look_up(kReciprocal, index);
+  const V r = t * reciprocal + (reciprocal - 1.0f);
+  // log1p(r) / r, near-minimax on [-1/30, 1/30], relative error 4e-8.
+  V p = r * -0.2502621369f + 0.3335175578f;
+  p = p * r - 0.4999999147f;
+  p = p * r + 1.0f;
+  return at_least(x, splat(0.0f)) + (p * r + look_up(kLog, index));
 }
 #else
 INLINE Vec exp2(Vec x) {
@@ -231,12 +322,6 @@ INLINE Vec exp2(Vec x) {
   const Vec a = reinterpret_cast<Vec>((half + 127) << 23), b = reinterpret_cast<Vec>((n - half + 127) << 23);
   return select(x != x, x, p * a * b);
 }
-#endif
-INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
-INLINE Vec silu(Vec x) { return x * sigmoid(x); }
-
-// log(1 + e^x): max(x, 0) + log1p(e^-|x|). Beyond 20 the second term is under half a unit in the last place of x, which
-// makes it PyTorch's identity there.
 INLINE Vec softplus(Vec x) {
   const Vec t = exp2(magnitude(x) * -kLog2E);
   // log1p(t) / t, near-minimax on [0, 1], relative error 5e-9.
@@ -252,6 +337,17 @@ INLINE Vec softplus(Vec x) {
   p = p * t + 1.0f;
   return at_least(x, splat(0.0f)) + p * t;
 }
+template <int kCount>
+INLINE Pack<kCount> exp2(Pack<kCount> x) {
+  return each(x, [](Vec v) { return exp2(v); });
+}
+template <int kCount>
+INLINE Pack<kCount> softplus(Pack<kCount> x) {
+  return each(x, [](Vec v) { return softplus(v); });
+}
+#endif
+INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
+INLINE Vec silu(Vec x) { return x * sigmoid(x); }
 
 template <int kStep, int... kLane>
 INLINE Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, kLane...>) {

@@ -5,7 +5,7 @@
 
 namespace mobilemamba {
 
-constexpr int64_t kScanTile = 128;    // positions of a tile of inputs
+constexpr int64_t kScanTile = 256;    // positions of a tile of inputs
 constexpr int64_t kScanChunk = 1024;  // positions of a sum that is converted when both directions are in it
 constexpr int64_t kMaxState = 256;
 

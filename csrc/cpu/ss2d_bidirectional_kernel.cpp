@@ -78,22 +78,20 @@ struct ProjectedSource {
     const float* weights = p.dt_proj + k * p.rank * p.padded_dim + channel;
     const float* low = column(k, 0, start);
     const Vec bias = load(p.dt_bias + k * p.padded_dim + channel);
-    constexpr int kRows = 4;  // independent sums hide the latency of the multiply-add
-    for (int64_t l = 0; l < count; l += kRows) {
-      Vec raw[kRows] = {bias, bias, bias, bias};
-      const int64_t rows = count - l < kRows ? count - l : kRows;
-      if (rows == kRows) {
-        for (int64_t r = 0; r < p.rank; ++r) {
-          const Vec w = load(weights + r * p.padded_dim);
-          for (int i = 0; i < kRows; ++i) raw[i] += splat(low[(l + i) * p.columns + r]) * w;
-        }
-      } else {
-        for (int64_t r = 0; r < p.rank; ++r)
-          for (int64_t i = 0; i < rows; ++i)
-            raw[i] += splat(low[(l + i) * p.columns + r]) * load(weights + r * p.padded_dim);
+    int64_t l = 0;
+    const auto positions = [&](auto together) {
+      Pack<together> raw;
+      for (Vec& v : raw.v) v = bias;
+      for (int64_t r = 0; r < p.rank; ++r) {
+        const Vec w = load(weights + r * p.padded_dim);
+        for (int i = 0; i < together; ++i) raw.v[i] += splat(low[(l + i) * p.columns + r]) * w;
       }
-      for (int64_t i = 0; i < rows; ++i) store(dt + (l + i) * kLanes, softplus(raw[i]));
-    }
+      raw = softplus(raw);
+      for (int i = 0; i < together; ++i) store(dt + (l + i) * kLanes, raw.v[i]);
+      l += together;
+    };
+    while (l + kAhead <= count) positions(std::integral_constant<int, kAhead>{});
+    while (l < count) positions(std::integral_constant<int, 1>{});
     return {dt};
   }
 };

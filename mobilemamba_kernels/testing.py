@@ -480,7 +480,7 @@ def _floor(dtype: torch.dtype) -> float:
     return 16 * rounding if dtype.itemsize >= 4 else rounding + 16 * torch.finfo(torch.float32).eps
 
 
-def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "result") -> None:
+def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "result", atol: float = 0.0) -> None:
     """Assert that ``actual`` is as close to the truth as twice the plain PyTorch operator.
 
     Args:
@@ -488,10 +488,12 @@ def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "resu
         exact: the same mathematics in float64, on the same (rounded) arguments.
         plain: the result of the plain PyTorch operator in the dtype of ``actual``.
         what: names the tensor in the failure.
+        atol: an error that is always allowed, for results that may all happen to be small differences.
 
     Raises:
         AssertionError: shapes, dtypes or the places of NaN and infinities differ, or the largest error against
-            ``exact`` is over twice that of ``plain`` and over a floor of some roundings at the scale of the tensor.
+            ``exact`` is over twice that of ``plain``, over a floor of some roundings at the scale of the tensor,
+            and over ``atol``.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, expected {plain.dtype}"
@@ -509,7 +511,7 @@ def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "resu
         return
     error, plain_error = ((t[~special] - exact).abs().max().item() for t in (actual64, plain64))
     scale = exact.abs().max().item()
-    allowed = max(2 * plain_error, _floor(actual.dtype) * scale)
+    allowed = max(2 * plain_error, _floor(actual.dtype) * scale, atol)
     assert error <= allowed, (
         f"{what}: largest error {error:.3e}, allowed {allowed:.3e} "
         f"(plain operator {plain_error:.3e}, scale {scale:.3e}, {actual.dtype})"

@@ -85,6 +85,16 @@ def use_instruction_set(name: str) -> None:
         mobilemamba_kernels._library._C.set_cpu_capability(name)
 
 
+def atol(op: str, dtype: torch.dtype) -> float:
+    """Some roundings of the terms, which are of scale 1: what is drawn may be one element, a difference of two.
+
+    A LayerNorm with eps = 1e-5 multiplies such a difference by up to 316.
+    """
+    if op == "ss2d_bidirectional":
+        return 6e-4
+    return {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+
+
 @pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
 def test_good_calls_are_right(op, data):
@@ -99,7 +109,7 @@ def test_good_calls_are_right(op, data):
     else:
         results = case.run(arguments)
     for i, result in enumerate(results):
-        assert_close(result, exact[i], plain[i], f"result {i}")
+        assert_close(result, exact[i], plain[i], f"result {i}", atol=atol(op, dtype))
 
 
 def other_size(tensor: Tensor, data: st.DataObject) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ def wavelet_depthwise_conv2d(
         ValueError: shapes or devices do not fit together, an even kernel, no level.
     """
     op = "wavelet_depthwise_conv2d"
+    for name, given in {"weight": weight, "scale": () if scale is None else scale}.items():
+        if not isinstance(given, Iterable):
+            raise TypeError(f"{op}: {name} must be a tensor, or a sequence of one a level; got {type(given).__name__}")
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     scales = [scale] * len(weights) if scale is None or isinstance(scale, Tensor) else list(scale)
     if not weights or len(scales) != len(weights):

@@ -55,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bidir
     Tensor grad_out, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D,
     std::optional<Tensor> z, std::optional<Tensor> delta_bias, bool softplus) {
   SelectiveScanParams p = scan_params(u, delta, A, B, C, D, z, delta_bias, softplus);
+  STD_TORCH_CHECK(grad_out.dim() == 3, "mobilemamba: bidirectional_selective_scan got a gradient of a wrong rank");
   check_size(grad_out, 0, p.batch), check_size(grad_out, 1, p.dim), check_size(grad_out, 2, p.length);
   p.grad_out = sequence(grad_out);
   Tensor grad_u = torch::stable::empty_like(u), grad_delta = torch::stable::empty_like(delta);

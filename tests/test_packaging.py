@@ -58,6 +58,6 @@ def test_metadata():
     assert metadata["Version"] == mobilemamba_kernels.__version__
     assert metadata["License-Expression"] == "MIT"
     required = [line for line in importlib.metadata.requires("mobilemamba") or [] if "extra ==" not in line]
-    assert sorted(required) == ["click", "einops", "numpy", "pillow", "rich", "torch>=2.11"]
+    assert sorted(required) == ["click", "einops", "numpy", "pillow>=10.1", "rich", "torch>=2.11"]
     scripts = importlib.metadata.entry_points(group="console_scripts", name="mobilemamba")
     assert [script.value for script in scripts] == ["mobilemamba.cli:main"]

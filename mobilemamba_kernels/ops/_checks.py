@@ -84,6 +84,9 @@ def autocast(tensor: _OptionalTensor) -> _OptionalTensor:
     if tensor is None or tensor.dtype == torch.float64:
         return tensor
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # torch.compile cannot trace is_autocast_available before torch 2.13, and has no device without autocast.
+    if not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)):
+        return tensor
+    if not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))

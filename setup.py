@@ -59,7 +59,7 @@ class BuildKernels(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
 
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        common += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # g++ 12 warns of vector arguments, its own intrinsics
+        common += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # g++ 12: of vectors, its intrinsics
         common += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT.resolve() / 'csrc'}"]
         link = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"]
         if sys.platform == "darwin":

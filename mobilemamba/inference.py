@@ -22,6 +22,7 @@ from mobilemamba.layers import (
 )
 from mobilemamba.model import MobileMamba
 from mobilemamba_kernels import (
+    conv2d_act,
     depthwise_conv2d_act,
     feed_forward,
     fold_batch_norm,
@@ -44,12 +45,28 @@ def fuse(model: MobileMamba) -> MobileMamba:
         return model
     model.eval().requires_grad_(False)
     _fused(model)
+    stem: Any = model.patch_embed
+    for i in range(1, len(stem), 2):
+        stem[i - 1].activation, stem[i] = "relu", nn.Identity()
     if isinstance(model.head, nn.Linear) and isinstance(model.head_dist, nn.Linear):
         for mean, other in zip(model.head.parameters(), model.head_dist.parameters(), strict=True):
             mean.copy_((mean + other) / 2)
     model.head_dist = None
     model.fused = True
     return model.requires_grad_(False)
+
+
+class Conv(nn.Module):
+    """``conv2d_act`` with its parameters, weight (O, C, k, k) in the order of memory that the kernel reads, bias (O)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, activation: str = "none") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))
+        self.bias = nn.Parameter(bias)
+        self.stride, self.activation = stride, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d_act(x, self.weight, self.bias, self.stride, activation=self.activation)
 
 
 class Depthwise(nn.Module):
@@ -145,12 +162,8 @@ def _fused(module: nn.Module) -> nn.Module:
 
 
 @_fused.register(ConvBN)
-def _(layer: Any) -> nn.Module:  # the stem's: dense convolutions are PyTorch's
-    weight, bias = _folded(layer.c, layer.bn)
-    c = layer.c
-    conv = nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, device="meta")
-    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return conv
+def _(layer: Any) -> nn.Module:
+    return Conv(*_folded(layer.c, layer.bn), layer.c.stride[0])
 
 
 @_fused.register(Residual)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mobilemamba.inference import Depthwise, FeedForward, FusedGlobalOp, Pointwise
+from mobilemamba.inference import Conv, Depthwise, FeedForward, FusedGlobalOp, Pointwise
 from mobilemamba.layers import SS2D, GlobalOp
 from mobilemamba.model import MobileMamba
 
@@ -60,6 +60,7 @@ def _wavelet(weight: Tensor, shape: torch.Size) -> int:
 _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     nn.Conv2d: _at_each_position("weight"),
     nn.Linear: lambda module, shape: module.weight.numel(),
+    Conv: _at_each_position("weight"),
     Depthwise: _at_each_position("weight"),
     Pointwise: _at_each_position("weight"),
     FeedForward: _at_each_position("w1", "w2"),

@@ -3,6 +3,7 @@
 from mobilemamba_kernels._version import __version__
 from mobilemamba_kernels.backends import report, use_backend
 from mobilemamba_kernels.ops.bidirectional_selective_scan import bidirectional_selective_scan
+from mobilemamba_kernels.ops.conv2d_act import conv2d_act
 from mobilemamba_kernels.ops.depthwise_conv2d_act import depthwise_conv2d_act
 from mobilemamba_kernels.ops.feed_forward import feed_forward
 from mobilemamba_kernels.ops.fold_batch_norm import fold_batch_norm
@@ -16,6 +17,7 @@ from mobilemamba_kernels.ops.wavelet_depthwise_conv2d import wavelet_depthwise_c
 __all__ = [
     "__version__",
     "bidirectional_selective_scan",
+    "conv2d_act",
     "depthwise_conv2d_act",
     "feed_forward",
     "fold_batch_norm",

@@ -288,6 +288,33 @@ def _depthwise(
     return Case("depthwise_conv2d_act", name, arguments, options, benchmark)
 
 
+def _conv(
+    batch: int,
+    channels: int,
+    out: int,
+    height: int,
+    width: int,
+    k: int = 3,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    activation: str = "none",
+    bias: bool = True,
+    benchmark: bool = False,
+) -> Case:
+    arguments = {
+        "x": Argument((batch, channels, height, width), positions=2),
+        "weight": Argument((out, channels, k, k), spread=(3 / max(channels, 1)) ** 0.5 / k),
+    }
+    arguments |= {"bias": Argument((out,))} if bias else {}
+    pad = k // 2 if padding is None else padding
+    name = f"{batch}x{channels}to{out}x{height}x{width}-k{k}-s{stride}-p{pad}-{activation}" + (
+        "" if bias else "-nobias"
+    )
+    options = {"stride": stride, "padding": padding, "activation": activation}
+    return Case("conv2d_act", name, arguments, options, benchmark)
+
+
 def _pointwise(
     batch: int,
     channels: int,
@@ -342,6 +369,7 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "haar_idwt2d": _idwt,
     "wavelet_depthwise_conv2d": _wavelet,
     "depthwise_conv2d_act": _depthwise,
+    "conv2d_act": _conv,
     "pointwise_conv2d_act": _pointwise,
     "feed_forward": _feed_forward,
 }
@@ -436,6 +464,20 @@ CASES: tuple[Case, ...] = (
     _depthwise(16, 384, 7, 7, benchmark=True),
     _depthwise(16, 448, 4, 4, benchmark=True),
     _depthwise(1, 192, 14, 14, benchmark=True),
+    _conv(1, 1, 1, 1, 1, k=1, bias=False),
+    _conv(2, 3, 24, 13, 20, stride=2, activation="relu"),
+    _conv(2, 20, 37, 5, 9, k=2, padding=1, activation="silu"),
+    _conv(1, 5, 48, 7, 11, k=5, stride=3, padding=0),
+    _conv(1, 2, 3, 2, 3, k=7, bias=False),
+    _conv(0, 3, 8, 4, 4),
+    _conv(2, 0, 4, 3, 3),
+    _conv(2, 3, 0, 4, 4),
+    _conv(16, 3, 24, 224, 224, stride=2, activation="relu", benchmark=True),
+    # Without their ReLU: among two million sums some are within rounding of its kink, and then no gradient is right.
+    _conv(16, 24, 48, 112, 112, stride=2, benchmark=True),
+    _conv(16, 48, 96, 56, 56, stride=2, benchmark=True),
+    _conv(16, 96, 192, 28, 28, stride=2, benchmark=True),
+    _conv(1, 96, 192, 28, 28, stride=2, benchmark=True),
     _pointwise(1, 1, 1, 1, 1, has=""),
     _pointwise(2, 5, 7, 3, 4, activation="relu", has="br"),
     _pointwise(2, 37, 20, 5, 5, activation="silu", input_activation="relu", has="r"),

@@ -33,13 +33,16 @@ def grouped(draw: st.DrawFn) -> tuple[int, str]:
 
 
 @st.composite
-def depthwise(draw: st.DrawFn) -> Case:
+def convolution(draw: st.DrawFn, op: str) -> Case:
     k, padding = draw(st.integers(1, 7)), draw(st.none() | st.integers(0, 4))
     least = max(0, k - 2 * (k // 2 if padding is None else padding))
     height, width = draw(st.integers(least, 14)), draw(st.integers(least, 14))
-    stride, act, has = draw(st.integers(1, 3)), draw(activation), draw(flags("br"))
-    build = BUILDERS["depthwise_conv2d_act"]
-    return build(draw(batch), draw(channels), height, width, k, stride=stride, padding=padding, activation=act, has=has)
+    common = {"stride": draw(st.integers(1, 3)), "padding": padding, "activation": draw(activation)}
+    if op == "depthwise_conv2d_act":
+        return BUILDERS[op](draw(batch), draw(channels), height, width, k, has=draw(flags("br")), **common)
+    return BUILDERS[op](
+        draw(batch), draw(channels), draw(channels), height, width, k, bias=draw(st.booleans()), **common
+    )
 
 
 state = st.sampled_from([1, 1, 2, 3, 16])
@@ -63,7 +66,8 @@ CASE_OF = {
         BUILDERS["wavelet_depthwise_conv2d"], batch, channels, st.integers(0, 20), st.integers(0, 20),
         st.sampled_from([1, 3, 5, 7, 9]), levels=st.integers(1, 3), has=flags("sb"),
     ),
-    "depthwise_conv2d_act": depthwise(),
+    "depthwise_conv2d_act": convolution("depthwise_conv2d_act"),
+    "conv2d_act": convolution("conv2d_act"),
     "pointwise_conv2d_act": st.builds(
         BUILDERS["pointwise_conv2d_act"], batch, channels, channels, size, size,
         activation=activation, input_activation=activation, has=flags("br"),

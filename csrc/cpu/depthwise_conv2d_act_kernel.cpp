@@ -39,12 +39,6 @@ struct Window {
   int64_t part, longer;  // columns computed together, and how often one more
 };
 
-// Calls f with 0, 1, … at compile time, which keeps arrays of vectors in registers.
-template <class F, int... kIndex>
-INLINE void unrolled(std::integer_sequence<int, kIndex...>, F f) {
-  (f(std::integral_constant<int, kIndex>{}), ...);
-}
-
 // Asks for a row of a block in the second cache. A block is too short a piece of memory for the processor to foresee
 // the next row; from memory the kernel takes two thirds of the time with this, from the last cache a twentieth more.
 INLINE void prefetch(const float* row, int64_t column, int64_t columns) {
@@ -118,22 +112,13 @@ static void sum_columns(const DepthwiseConv2dActParams& p, const Window& w, int6
   emit(w, first, acc, outputs);
 }
 
-// Calls f with count as a constant.
-template <int kCount = 1, class F>
-INLINE void with_count(int64_t count, F f) {
-  if constexpr (kCount == kColumns)
-    f(std::integral_constant<int, kCount>{});
-  else
-    count == kCount ? f(std::integral_constant<int, kCount>{}) : with_count<kCount + 1>(count, f);
-}
-
 // A row of outputs, part by part. kK = 0: any filter.
 template <int kK, int kStride>
 static void sum_row(const DepthwiseConv2dActParams& p, const Window& w) {
   for (int64_t first = 0, end; first < p.out_width; first = end) {
     end = first + w.part + (first < w.longer * (w.part + 1));
     const bool left = first == 0, right = (end - 1) * p.stride - p.padding + p.k > p.width;
-    with_count(end - first, [&](auto count) {
+    with_count<kColumns>(end - first, [&](auto count) {
       if constexpr (kK == 0) {
         sum_columns<count>(p, w, first);
       } else if (left) {

@@ -243,6 +243,21 @@ INLINE Pack<kCount> at_least(Pack<kCount> a, Vec low) {
   return each(a, [low](Vec x) { return at_least(x, low); });
 }
 
+// Calls f with 0, 1, … at compile time, which keeps arrays of vectors in registers.
+template <class F, int... kIndex>
+INLINE void unrolled(std::integer_sequence<int, kIndex...>, F f) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// Calls f with count, from 1 to kMost, as a constant.
+template <int kMost, int kCount = 1, class F>
+INLINE void with_count(int64_t count, F f) {
+  if constexpr (kCount == kMost)
+    f(std::integral_constant<int, kCount>{});
+  else
+    count == kCount ? f(std::integral_constant<int, kCount>{}) : with_count<kMost, kCount + 1>(count, f);
+}
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^x to about one unit in the last place, and log(1 + e^x) = max(x, 0) + log1p(e^-|x|), whose second term beyond 20 is

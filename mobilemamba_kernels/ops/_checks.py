@@ -71,6 +71,21 @@ def check_integer(op: str, name: str, value: int, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least} and below 2³¹; got {value}")
 
 
+def check_window(op: str, x: Tensor, k: int, stride: int, padding: int) -> None:
+    """Check that k×k filters at that stride fit into the maps ``x``, padded.
+
+    Raises:
+        TypeError: stride or padding is no integer.
+        ValueError: they do not fit.
+    """
+    check_integer(op, "k", k, 1)
+    check_integer(op, "stride", stride, 1)
+    check_integer(op, "padding", padding, 0)
+    height, width = x.shape[2:]
+    if height + 2 * padding < k or width + 2 * padding < k:
+        raise ValueError(f"{op}: the padded input must be at least {k}×{k}; got {height}×{width}, padding {padding}")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an operator computes in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

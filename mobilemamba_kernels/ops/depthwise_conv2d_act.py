@@ -13,9 +13,9 @@ from mobilemamba_kernels.ops._checks import (
     accumulate_dtype,
     autocast,
     check_dims,
-    check_integer,
     check_shape,
     check_tensors,
+    check_window,
 )
 
 
@@ -57,11 +57,7 @@ def depthwise_conv2d_act(
     check_shape(op, "weight", weight, (channels, 1, k, k), "C, 1, k, k")
     check_shape(op, "bias", bias, (channels,), "C")
     padding = k // 2 if padding is None else padding
-    check_integer(op, "k", k, 1)
-    check_integer(op, "stride", stride, 1)
-    check_integer(op, "padding", padding, 0)
-    if height + 2 * padding < k or width + 2 * padding < k:
-        raise ValueError(f"{op}: the padded input must be at least {k}×{k}; got {height}×{width}, padding {padding}")
+    check_window(op, x, k, stride, padding)
     out_shape = (batch, channels, *((n + 2 * padding - k) // stride + 1 for n in (height, width)))
     check_shape(op, "residual", residual, out_shape, "batch, C, H', W'")
     x, residual = autocast(x), autocast(residual)

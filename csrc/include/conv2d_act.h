@@ -1,0 +1,34 @@
+// Dense convolution with bias and activation.
+#pragma once
+
+#include "include/activation.h"
+#include "include/tensor_view.h"
+
+namespace mobilemamba {
+
+struct Conv2dActParams {
+  int64_t batch, channels, height, width, filters, out_height, out_width;
+  int64_t k, stride, padding;
+  Activation activation;
+  Map x, y;
+  // Float32, filters innermost and padded to `columns`, a multiple of the lanes:
+  const float* weight;  // (k, k, channels, columns)
+  const float* bias;    // (columns)
+  int64_t columns;
+  int64_t rows;    // output rows of an item
+  float* scratch;  // conv2d_scratch floats
+};
+
+// An item is a band of `rows` output rows of an image.
+inline int64_t conv2d_bands(const Conv2dActParams& p) { return (p.out_height + p.rows - 1) / p.rows; }
+
+// A row of the padded image, and how many of them a band needs.
+inline int64_t conv2d_padded_row(const Conv2dActParams& p) { return (p.width + 2 * p.padding) * p.channels; }
+inline int64_t conv2d_padded_rows(const Conv2dActParams& p) { return (p.rows - 1) * p.stride + p.k; }
+
+// The padded rows, a tile to transpose one of them, and a tile of a row of outputs.
+inline int64_t conv2d_scratch(const Conv2dActParams& p, int64_t lanes) {
+  return conv2d_padded_rows(p) * conv2d_padded_row(p) + (p.width + p.out_width) * lanes;
+}
+
+}  // namespace mobilemamba

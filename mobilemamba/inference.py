@@ -57,7 +57,7 @@ def fuse(model: MobileMamba) -> MobileMamba:
 
 
 class Conv(nn.Module):
-    """``conv2d_act`` with its parameters, weight (O, C, k, k) in the order of memory that the kernel reads, bias (O)."""
+    """``conv2d_act`` with its parameters, weight (O, C, k, k) as the kernel reads it from memory, bias (O)."""
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, activation: str = "none") -> None:
         super().__init__()

@@ -9,9 +9,9 @@ pytestmark = pytest.mark.full
 SIDE = 11_590  # 16 maps of SIDE × SIDE are just over 2³¹ elements
 
 
-def image() -> torch.Tensor:
+def image(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Zeros but for the last corner of the last channel, where a 32-bit index would have wrapped."""
-    x = torch.zeros(1, SIDE, SIDE, 16, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    x = torch.zeros(1, SIDE, SIDE, 16, dtype=dtype).permute(0, 3, 1, 2)
     x[0, -1, -4:, -4:] = torch.arange(1.0, 17).view(4, 4)
     assert x.numel() > 2**31
     return x
@@ -35,6 +35,13 @@ def test_depthwise_conv2d_act():
     weight = torch.ones(16, 1, 3, 3)
     expected = mk.depthwise_conv2d_act(x[:, :, -8:, -8:].clone(), weight)
     assert torch.equal(corner(mk.depthwise_conv2d_act(x, weight)), corner(expected))
+
+
+def test_conv2d_act():
+    x = image(torch.float16)  # in bfloat16 it is PyTorch's convolution
+    weight = torch.ones(16, 16, 3, 3)
+    expected = mk.conv2d_act(x[:, :, -8:, -8:].clone(), weight)
+    assert torch.equal(corner(mk.conv2d_act(x, weight)), corner(expected))
 
 
 def test_wavelet_depthwise_conv2d():

@@ -19,6 +19,7 @@ from mobilemamba.layers import (
     Mixer,
     PatchMerging,
     Residual,
+    SqueezeExcite,
 )
 from mobilemamba.model import MobileMamba
 from mobilemamba_kernels import (
@@ -185,6 +186,13 @@ def _(layer: Any) -> nn.Module:
     layer.conv2 = _depthwise(layer.conv2, "relu")
     layer.conv3 = _pointwise(layer.conv3)
     layer.act = nn.Identity()
+    layer.se = _fused(layer.se)
+    return layer
+
+
+@_fused.register(SqueezeExcite)
+def _(layer: Any) -> nn.Module:
+    layer.fc1, layer.fc2 = (Pointwise(fc.weight.flatten(1), fc.bias) for fc in (layer.fc1, layer.fc2))
     return layer
 
 

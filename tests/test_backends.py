@@ -121,6 +121,13 @@ WRONG = [
 ]
 
 
+def test_too_little_memory_gets_a_sentence():
+    channels = 2**16  # more bytes than a process can address
+    x, weight = torch.ones(1, channels, 4, 4), torch.ones(4, channels, 3, 3)
+    with pytest.raises(RuntimeError, match=r"no memory for \d+ bytes of scratch"):
+        mobilemamba_kernels.conv2d_act(x, weight, stride=2**30, padding=2**30)
+
+
 @pytest.mark.parametrize(("op", "change", "error", "sentence"), WRONG, ids=lambda v: v if isinstance(v, str) else "")
 def test_wrong_input_gets_one_sentence(op, change, error, sentence):
     case = {"selective_scan_fn": cases(op)[1], "wavelet_depthwise_conv2d": cases(op)[3]}.get(op)

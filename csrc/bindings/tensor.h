@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <optional>
@@ -54,15 +55,23 @@ void parallel(void (*kernel)(const Params&, int64_t, int64_t), const Params& par
               int64_t scratch) {
   constexpr int64_t kWorthAThread = 1 << 15;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost));
+  std::atomic<bool> refused{false};  // what is thrown within parallel_for loses its sentence
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     struct Free {
       void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
     };
-    std::unique_ptr<float[], Free> memory(static_cast<float*>(::operator new[](scratch * 4, std::align_val_t(64))));
+    std::unique_ptr<float[], Free> memory(
+        static_cast<float*>(::operator new[](scratch * 4, std::align_val_t(64), std::nothrow)));
+    if (!memory) {
+      refused = true;
+      return;
+    }
     Params mine = params;
     mine.scratch = memory.get();
     kernel(mine, begin, end);
   });
+  STD_TORCH_CHECK(!refused, "mobilemamba: there is no memory for ", scratch * 4,
+                  " bytes of scratch a thread; use smaller maps, padding or sequences, or fewer threads");
 }
 
 }  // namespace mobilemamba

@@ -469,6 +469,8 @@ CASES: tuple[Case, ...] = (
     _conv(2, 20, 37, 5, 9, k=2, padding=1, activation="silu"),
     _conv(1, 5, 48, 7, 11, k=5, stride=3, padding=0),
     _conv(1, 2, 3, 2, 3, k=7, bias=False),
+    _conv(2, 4, 8, 3, 3, padding=0),  # one position
+    _conv(2, 4, 1, 6, 6, stride=2),  # one filter
     _conv(0, 3, 8, 4, 4),
     _conv(2, 0, 4, 3, 3),
     _conv(2, 3, 0, 4, 4),

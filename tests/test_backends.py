@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,11 +122,42 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_padding_and_stride_beyond_memory(dtype):
+    """Four rows of that padding, at that stride, would be 2³² · 2³² elements, which is 0 in 64 bits."""
+    x, weight = torch.full((8, 1, 2, 2), 2.0, dtype=dtype), torch.full((1, 1, 1, 1), 3.0)
+    stride, padding = (2**32 - 1) // 3, 2**31 - 1
+    y = mobilemamba_kernels.conv2d_act(x, weight, torch.ones(1), stride, padding, "relu")
+    with use_backend("reference"):
+        assert torch.equal(y, mobilemamba_kernels.conv2d_act(x, weight, torch.ones(1), stride, padding, "relu"))
+
+
+@pytest.mark.parametrize("op", ["conv2d_act", "depthwise_conv2d_act"])
+@pytest.mark.parametrize(("stride", "padding"), [(2**62, 2**62 - 1), (1, 2**63 - 1), (2**31, 0)])
+def test_stride_and_padding_below_the_public_function(op, stride, padding):
+    forward = getattr(torch.ops.mobilemamba, f"{op}_fwd")
+    rest = () if op == "conv2d_act" else (None,)
+    with pytest.raises(RuntimeError, match="does not fit into the padded image"):
+        forward(torch.ones(1, 1, 10, 10), torch.ones(1, 1, 1, 1), None, stride, padding, "none", *rest)
+
+
 def test_too_little_memory_gets_a_sentence():
-    channels = 2**16  # more bytes than a process can address
-    x, weight = torch.ones(1, channels, 4, 4), torch.ones(4, channels, 3, 3)
-    with pytest.raises(RuntimeError, match=r"no memory for \d+ bytes of scratch"):
-        mobilemamba_kernels.conv2d_act(x, weight, stride=2**30, padding=2**30)
+    """In a process that may not grow by the half gigabyte that a row of this padding takes."""
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("a process cannot tell its size here")
+    code = f"""
+import torch, resource, mobilemamba_kernels as mk
+torch.set_num_threads(1)
+x, weight = torch.ones(1, 4096, 2, 2), torch.ones(1, 4096, 1, 1)
+mk.conv2d_act(x, weight)
+size = int(open("/proc/self/statm").read().split()[0]) * {resource.getpagesize()} + 2**27
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+mk.conv2d_act(x, weight, stride=2**15, padding=2**14)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "there is no memory for" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(("op", "change", "error", "sentence"), WRONG, ids=lambda v: v if isinstance(v, str) else "")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import mobilemamba_kernels
 from mobilemamba_kernels import use_backend
@@ -37,6 +38,7 @@ TYPICAL = [
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 small_cases = pytest.mark.parametrize("case", SMALL, ids=str)
+one_level_cases = pytest.mark.parametrize("case", [c for c in SMALL if "levels" not in c.name], ids=str)
 typical_cases = pytest.mark.parametrize("case", TYPICAL, ids=lambda c: c.op)
 
 
@@ -163,8 +165,28 @@ def test_opcheck(case, layout):
     run_opcheck(case, torch.float32, layout)
 
 
+@one_level_cases
+@all_dtypes
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_strides_are_those_of_the_fake(case, dtype, layout):
+    """Those of dimensions of size 1 too, which opcheck ignores and by which the next operator chooses its layout."""
+    arguments = positional(case, case.make(dtype, layout))
+    real = operator(case, "fwd")(*arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = operator(case, "fwd")(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+    for r, f in zip(pytree.tree_leaves(real), pytree.tree_leaves(fake), strict=True):
+        if r.numel():
+            assert (r.dtype, r.stride()) == (f.dtype, f.stride())
+
+
+def test_conv2d_act_below_the_public_function_ignores_autocast():
+    x, weight = torch.ones(1, 3, 8, 8, dtype=torch.bfloat16), torch.ones(4, 3, 3, 3)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.ops.mobilemamba.conv2d_act_fwd(x, weight, None, 2, 1, "none").dtype == torch.bfloat16
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("case", [c for c in SMALL if "levels" not in c.name], ids=str)
+@one_level_cases
 @all_dtypes
 @all_layouts
 def test_opcheck_everywhere(case, dtype, layout):

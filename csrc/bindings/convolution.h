@@ -21,6 +21,15 @@ inline Tensor empty_image(const Tensor& x, int64_t channels, int64_t height, int
       last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 
+// Outputs along a dimension of `size`; refuses what does not fit and numbers whose sums would overflow.
+inline int64_t output_size(int64_t size, int64_t k, int64_t stride, int64_t padding) {
+  constexpr int64_t kEnd = int64_t{1} << 31;
+  STD_TORCH_CHECK(
+      k >= 1 && stride >= 1 && stride < kEnd && padding >= 0 && padding < kEnd && size + 2 * padding >= k,
+      "mobilemamba: the filter does not fit into the padded image; call the public function, which explains");
+  return (size + 2 * padding - k) / stride + 1;
+}
+
 inline void check_image(const std::optional<Tensor>& t, const Tensor& shaped_as) {
   for (int64_t i = 0; t && i < 4; ++i) check_size(*t, i, shaped_as.size(i));
 }

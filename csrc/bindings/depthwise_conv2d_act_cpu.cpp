@@ -37,13 +37,10 @@ Tensor depthwise_conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tenso
   STD_TORCH_CHECK(weight.dim() == 4, "mobilemamba: weight must have four dimensions, got ", weight.dim());
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.k = weight.size(2), p.stride = stride, p.padding = padding;
-  STD_TORCH_CHECK(
-      p.k >= 1 && stride >= 1 && padding >= 0 && p.height + 2 * padding >= p.k && p.width + 2 * padding >= p.k,
-      "mobilemamba: the filter does not fit into the padded image; call the public function, which explains");
   check_size(weight, 0, p.channels), check_size(weight, 1, 1), check_size(weight, 3, p.k);
   if (bias) check_size(*bias, 0, p.channels);
-  p.out_height = (p.height + 2 * padding - p.k) / stride + 1;
-  p.out_width = (p.width + 2 * padding - p.k) / stride + 1;
+  p.out_height = output_size(p.height, p.k, stride, padding);
+  p.out_width = output_size(p.width, p.k, stride, padding);
   Tensor y = empty_image(x, p.channels, p.out_height, p.out_width);
   check_image(residual, y);
   const Tensor filters = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);

@@ -31,4 +31,12 @@ inline int64_t conv2d_scratch(const Conv2dActParams& p, int64_t lanes) {
   return conv2d_padded_rows(p) * conv2d_padded_row(p) + (p.width + p.out_width) * lanes;
 }
 
+// Whether that is little enough. Padding and strides are only numbers: they may ask for more than there is memory, or
+// than 64 bits can count.
+inline bool conv2d_scratch_is_small(const Conv2dActParams& p, int64_t lanes) {
+  constexpr double kMost = 1 << 28;
+  const double image = static_cast<double>(conv2d_padded_rows(p)) * static_cast<double>(p.width + 2 * p.padding);
+  return image * static_cast<double>(p.channels) + static_cast<double>(p.width + p.out_width) * lanes < kMost;
+}
+
 }  // namespace mobilemamba

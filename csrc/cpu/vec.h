@@ -292,6 +292,11 @@ INLINE Vec below(float a, Vec x) {
   return reinterpret_cast<Vec>(_mm512_sub_round_ps(reinterpret_cast<__m512>(splat(a)), reinterpret_cast<__m512>(x),
                                                    _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
 }
+// a + x, rounded down.
+INLINE Vec above(float a, Vec x) {
+  return reinterpret_cast<Vec>(_mm512_add_round_ps(reinterpret_cast<__m512>(splat(a)), reinterpret_cast<__m512>(x),
+                                                   _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+}
 // p times 2^floor(x).
 INLINE Vec scale(Vec p, Vec x) {
   return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x)));
@@ -309,12 +314,16 @@ INLINE Pack<kCount> below(float a, Pack<kCount> x) {
   return each(x, [a](Vec v) { return below(a, v); });
 }
 template <int kCount>
+INLINE Pack<kCount> above(float a, Pack<kCount> x) {
+  return each(x, [a](Vec v) { return above(a, v); });
+}
+template <int kCount>
 INLINE Pack<kCount> scale(Pack<kCount> p, Pack<kCount> x) {
   return each(p, x, [](Vec a, Vec b) { return scale(a, b); });
 }
 template <class V>
 INLINE V exp2(V x) {
-  const V r = beyond_16th(x), power = look_up(kExp2, (x - r) + 0x1.8p19f);
+  const V r = beyond_16th(x), power = look_up(kExp2, above(0x1.8p19f, x));
   // (2^r - 1) / r, near-minimax on [0, 1/16], relative error of the result 1.4e-9.
   V p = r * 0.0566698995f + 0.2401842424f;
   p = p * r + 0.6931476146f;

@@ -96,15 +96,9 @@ Tensor conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, i
 
   p.columns = ceil_div(p.filters, lanes) * lanes;
   const Tensor weights = pack(convert(weight, ScalarType::Float), p.columns);
-  std::vector<float> biases(p.columns);
-  p.weight = static_cast<const float*>(weights.data_ptr());
-  if (bias) {
-    const Tensor values = convert(*bias, ScalarType::Float);
-    for (int64_t f = 0; f < p.filters; ++f)
-      biases[f] = static_cast<const float*>(values.data_ptr())[f * values.stride(0)];
-  }
-  p.bias = biases.data();
-
+  std::vector<float> biases = bias ? values(*bias) : std::vector<float>();
+  biases.resize(p.columns);
+  p.weight = static_cast<const float*>(weights.data_ptr()), p.bias = biases.data();
   parallel(KERNEL(conv2d_act), p, p.batch * conv2d_bands(p),
            p.rows * p.out_width * p.k * p.k * p.channels * p.columns / lanes, conv2d_scratch(p, lanes));
   return y;

@@ -14,13 +14,6 @@ namespace {
 
 constexpr int64_t kOperations = 80;  // of one channel at one position in the scan phase, by the vector
 
-// The elements of a small parameter in row-major order, as float32.
-std::vector<float> values(const Tensor& t) {
-  const Tensor dense = torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
-  const float* p = static_cast<const float*>(dense.data_ptr());
-  return {p, p + t.numel()};
-}
-
 // (planes, dim, inner) to (planes, inner, padded), channels innermost.
 std::vector<float> pack(const Tensor& t, int64_t planes, int64_t dim, int64_t inner, int64_t padded) {
   const std::vector<float> from = values(t);

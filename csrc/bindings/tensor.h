@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <vector>
 
 #include "include/capability.h"
 #include "include/tensor_view.h"
@@ -44,6 +45,13 @@ inline Map map_of(const Tensor& t) {
 inline void check_size(const Tensor& t, int64_t dim, int64_t size) {
   STD_TORCH_CHECK(t.size(dim) == size, "mobilemamba: a tensor's size ", t.size(dim), " in dimension ", dim,
                   " does not match the other arguments' ", size, "; call the public function, which explains shapes");
+}
+
+// The elements of a small parameter in row-major order, as float32.
+inline std::vector<float> values(const Tensor& t) {
+  const Tensor dense = torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+  const float* p = static_cast<const float*>(dense.data_ptr());
+  return {p, p + t.numel()};
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops._activations import activate, check_activation
-from mobilemamba_kernels.ops._checks import (
-    accumulate_dtype,
-    autocast,
-    check_dims,
-    check_shape,
-    check_tensors,
-    check_window,
-)
+from mobilemamba_kernels.ops._checks import autocast, check_dims, check_shape, check_tensors, check_window
+from mobilemamba_kernels.ops._convolutions import convolve, empty_image, output_size
 
 
 def conv2d_act(
@@ -62,24 +54,11 @@ def conv2d_act(
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
-    dtype = accumulate_dtype(x.dtype)
-    wide, border = x.to(dtype), padding
-    if 0 in x.shape[2:]:  # conv2d refuses a map without positions, though its padding has some
-        wide, border = F.pad(wide, (padding,) * 4), 0
-    if x.shape[1] and weight.shape[0]:
-        y = F.conv2d(wide, weight.to(dtype), None, stride, border)
-    else:  # conv2d refuses a map without channels
-        y = torch.zeros_like(_fake(x, weight, bias, stride, padding, activation), dtype=dtype) + x.sum() * weight.sum()
-    if bias is not None:
-        y = y + bias.to(dtype).view(-1, 1, 1)
-    return activate(y, activation).to(x.dtype)
+    return activate(convolve(x, weight, bias, stride, padding), activation).to(x.dtype)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
-    height, width = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])
-    y = x.new_empty(x.shape[0], weight.shape[0], height, width)
-    # The layout of the input: channels-last in, channels-last out.
-    return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 and x.shape[1] > 1 else y
+    return empty_image(x, weight.shape[0], *output_size(x, weight.shape[2], stride, padding))
 
 
 _operator = define_operator(

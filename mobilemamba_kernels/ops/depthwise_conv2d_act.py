@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops._activations import activate, check_activation
-from mobilemamba_kernels.ops._checks import (
-    accumulate_dtype,
-    autocast,
-    check_dims,
-    check_shape,
-    check_tensors,
-    check_window,
-)
+from mobilemamba_kernels.ops._checks import autocast, check_dims, check_shape, check_tensors, check_window
+from mobilemamba_kernels.ops._convolutions import convolve, empty_image, output_size
 
 
 def depthwise_conv2d_act(
@@ -52,13 +44,13 @@ def depthwise_conv2d_act(
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
     check_dims(op, "weight", weight, "C, 1, k, k")
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     k = weight.shape[2]
     check_shape(op, "weight", weight, (channels, 1, k, k), "C, 1, k, k")
     check_shape(op, "bias", bias, (channels,), "C")
     padding = k // 2 if padding is None else padding
     check_window(op, x, k, stride, padding)
-    out_shape = (batch, channels, *((n + 2 * padding - k) // stride + 1 for n in (height, width)))
+    out_shape = (batch, channels, *output_size(x, k, stride, padding))
     check_shape(op, "residual", residual, out_shape, "batch, C, H', W'")
     x, residual = autocast(x), autocast(residual)
     args = (x, weight, bias, stride, padding, activation, residual)
@@ -74,18 +66,9 @@ def _reference(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    dtype = accumulate_dtype(x.dtype)
-    bias = None if bias is None else bias.to(dtype)
-    wide, border = x.to(dtype), padding
-    if 0 in x.shape[2:]:  # conv2d refuses a map without positions, though its padding has some
-        wide, border = F.pad(wide, (padding,) * 4), 0
-    if x.shape[1]:
-        y = F.conv2d(wide, weight.to(dtype), bias, stride, border, groups=x.shape[1])
-    else:  # conv2d refuses a map without channels
-        y = _fake(x, weight, bias, stride, padding, activation, residual).to(dtype) + x.sum() * weight.sum()
-    y = activate(y, activation)
+    y = activate(convolve(x, weight, bias, stride, padding, groups=x.shape[1]), activation)
     if residual is not None:
-        y = y + residual.to(dtype)
+        y = y + residual.to(y.dtype)
     return y.to(x.dtype)
 
 
@@ -98,10 +81,7 @@ def _fake(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    height, width = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])
-    y = x.new_empty(x.shape[0], x.shape[1], height, width)
-    # The layout of the input: channels-last in, channels-last out.
-    return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 and x.shape[1] > 1 else y
+    return empty_image(x, x.shape[1], *output_size(x, weight.shape[2], stride, padding))
 
 
 _operator = define_operator(

@@ -9,6 +9,7 @@ from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops._activations import activate, check_activation
 from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
+from mobilemamba_kernels.ops._convolutions import empty_image
 
 
 def pointwise_conv2d_act(
@@ -77,8 +78,7 @@ def _fake(
     residual: Tensor | None,
     input_activation: str,
 ) -> Tensor:
-    y = x.new_empty(x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
-    return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 and x.shape[1] > 1 else y
+    return empty_image(x, weight.shape[0], *x.shape[2:])
 
 
 _operator = define_operator(

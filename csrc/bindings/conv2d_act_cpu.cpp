@@ -1,7 +1,8 @@
 // conv2d_act_fwd on the CPU.
+#include <cmath>
 #include <vector>
 
-#include "bindings/products.h"
+#include "bindings/vendor_products.h"
 #include "include/conv2d_act.h"
 
 DECLARE_KERNEL(conv2d_act, Conv2dActParams)
@@ -11,26 +12,6 @@ namespace {
 
 constexpr int64_t kRows = 4;          // output rows of an item: few rows of the image are loaded twice
 constexpr int64_t kItemsAThread = 4;  // at least, to divide evenly
-
-// The weight as a dense (k, k, C, columns), itself where it lies in memory so.
-Tensor pack(const Tensor& weight, int64_t columns) {
-  const int64_t filters = weight.size(0), channels = weight.size(1), k = weight.size(2);
-  const bool in_place = filters == columns && weight.stride(0) == 1 && weight.stride(1) == columns &&
-                        weight.stride(3) == channels * columns && weight.stride(2) == k * channels * columns;
-  if (in_place) return weight;
-  const float* from = static_cast<const float*>(weight.data_ptr());
-  Tensor packed = torch::stable::new_empty(weight, {k, k, channels, columns});
-  constexpr int64_t kTogether = 16;  // filters: as many streams of memory as are read well
-  for (int64_t first = 0; first < filters; first += kTogether)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t y = 0; y < k; ++y)
-        for (int64_t x = 0; x < k; ++x) {
-          const float* tap = from + c * weight.stride(1) + y * weight.stride(2) + x * weight.stride(3);
-          float* to = static_cast<float*>(packed.data_ptr()) + ((y * k + x) * channels + c) * columns;
-          for (int64_t f = first; f < std::min(first + kTogether, filters); ++f) to[f] = tap[f * weight.stride(0)];
-        }
-  return packed;
-}
 
 // PyTorch's convolution: for bfloat16 where the processor multiplies it, since matrix instructions are the vendor's
 // business, and for padding too large to be written out.
@@ -68,13 +49,20 @@ Tensor conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, i
                           std::string activation) {
   Conv2dActParams p{};
   p.x = map_of(x);
-  STD_TORCH_CHECK(weight.dim() == 4, "mobilemamba: weight must have four dimensions, got ", weight.dim());
-  p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3), p.filters = weight.size(0);
-  p.k = weight.size(2), p.stride = stride, p.padding = padding;
-  check_size(weight, 1, p.channels), check_size(weight, 3, p.k);
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1, "mobilemamba: bias must have one dimension, got ", bias->dim());
-    check_size(*bias, 0, p.filters);
+  STD_TORCH_CHECK(weight.dim() == 4 || weight.dim() == 1, "mobilemamba: weight must have four dimensions, or one");
+  p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  p.filters = outputs_of(weight, bias), p.stride = stride, p.padding = padding;
+  const int64_t area = p.channels * packed_vectors(p.filters) * kPackedLanes;  // of one tap of a packed weight
+  p.k = weight.dim() == 4 ? weight.size(2) : area ? std::llround(std::sqrt(weight.numel() / area)) : 1;
+  if (weight.dim() == 4) check_size(weight, 1, p.channels), check_size(weight, 3, p.k);
+  // A pair of bfloat16 must not reach over the end of a run under the filter.
+  const bool bfloat16 = in_bfloat16(x, weight) && (weight.dim() == 1 || p.k * p.channels % 2 == 0);
+  const bool vendor = vendor_multiplies(x, weight) && x.numel() > 0;
+  Weights weights;
+  if (!vendor) {
+    weights = pack(weight, bias, p.channels, bfloat16);
+    STD_TORCH_CHECK(weights.packed.depth == p.k * p.k * p.channels && (!bfloat16 || p.k * p.channels % 2 == 0),
+                    "mobilemamba: a packed weight does not match the image; call the public function, which explains");
   }
   p.out_height = output_size(p.height, p.k, stride, padding);
   p.out_width = output_size(p.width, p.k, stride, padding);
@@ -84,23 +72,21 @@ Tensor conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, i
   p.activation = activation_of(activation);
   if (x.numel() == 0) p.channels = 0;  // the filters meet nothing but the border's zeros
 
-  const int64_t lanes = vector_lanes();
   const int64_t bands = ceil_div(kItemsAThread * torch::stable::get_num_threads(), p.batch);
   // Rows of outputs whose filters do not overlap share none of the image.
   p.rows = stride < p.k ? std::clamp<int64_t>(p.out_height / bands, 1, kRows) : 1;
-  const ScalarType type = product_type(x);
-  if (x.numel() > 0 && (type == ScalarType::BFloat16 || !conv2d_scratch_is_small(p, lanes))) {
+  if (vendor || (x.numel() > 0 && !conv2d_scratch_is_small(p))) {
+    STD_TORCH_CHECK(weight.dim() == 4, "mobilemamba: padding ", padding, " is too large for a packed weight");
+    const ScalarType type = vendor ? ScalarType::BFloat16 : ScalarType::Float;
     const Tensor computed = vendor_convolution(x, weight, bias, stride, padding, p.activation, type);
     return same_form(computed, y) ? computed : torch::stable::copy_(y, computed);
   }
 
-  p.columns = ceil_div(p.filters, lanes) * lanes;
-  const Tensor weights = pack(convert(weight, ScalarType::Float), p.columns);
-  std::vector<float> biases = bias ? values(*bias) : std::vector<float>();
-  biases.resize(p.columns);
-  p.weight = static_cast<const float*>(weights.data_ptr()), p.bias = biases.data();
+  p.weight = weights.packed, p.bias = weights.bias.data();
+  if (p.channels == 0) p.weight.depth = 0;
   parallel(KERNEL(conv2d_act), p, p.batch * conv2d_bands(p),
-           p.rows * p.out_width * p.k * p.k * p.channels * p.columns / lanes, conv2d_scratch(p, lanes));
+           p.rows * p.out_width * p.k * p.k * p.channels * ceil_div(p.filters, vector_lanes()),
+           conv2d_scratch(p, vector_lanes()));
   return y;
 }
 

@@ -1,42 +1,48 @@
-// feed_forward_fwd on the CPU: both products for a slab of positions while its hidden channels are in cache, which are
-// never in memory as a whole.
-#include "bindings/products.h"
+// feed_forward_fwd on the CPU.
+#include "bindings/vendor_products.h"
+#include "include/feed_forward.h"
+
+DECLARE_KERNEL(feed_forward, FeedForwardParams)
 
 namespace mobilemamba {
 namespace {
 
 Tensor feed_forward_forward(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
                             std::string activation) {
-  STD_TORCH_CHECK(x.dim() == 4 && w1.dim() == 2 && w2.dim() == 2, "mobilemamba: feed_forward got a wrong rank");
-  const int64_t channels = x.size(1), hidden = w1.size(0);
-  check_size(w1, 1, channels), check_size(w2, 0, channels), check_size(w2, 1, hidden);
-  if (b1) check_size(*b1, 0, hidden);
-  if (b2) check_size(*b2, 0, channels);
+  STD_TORCH_CHECK(x.dim() == 4 && w1.dim() == w2.dim() && (w1.dim() == 1 || w1.dim() == 2),
+                  "mobilemamba: feed_forward got a wrong rank");
+  const int64_t channels = x.size(1), hidden = outputs_of(w1, b1), positions = x.size(0) * x.size(2) * x.size(3);
+  if (w1.dim() == 2) check_size(w1, 1, channels), check_size(w2, 1, hidden);
+  STD_TORCH_CHECK(outputs_of(w2, b2) == channels, "mobilemamba: w2 must have as many outputs as x has channels");
   Tensor y = torch::stable::empty_like(x);
+  const Activation between = activation_of(activation);
+  if (vendor_multiplies(x, w1)) {
+    if (y.numel()) vendor_feed_forward(x, w1, b1, w2, b2, between, y);
+    return y;
+  }
+  const Weights first = pack(w1, b1, channels, in_bfloat16(x, w1));
+  const Weights second = pack(w2, b2, hidden, in_bfloat16(x, w2));
+  check_depth(first, channels), check_depth(second, hidden);
   if (y.numel() == 0) return y;
 
-  const ScalarType type = product_type(x);
-  Positions positions{x.size(0), x.size(2), x.size(3), type, true};
-  const Part from{positions.map(x)}, to{positions.map(y)};
-  positions.join = to.map.batch == positions.height * to.map.row;
-  const Tensor first_weight = convert(w1, type), second_weight = convert(w2, type);
-  const bool reads_in_place = positions.is_matrix(from.map, x.scalar_type());
-  const bool writes_in_place = positions.is_matrix(to.map, y.scalar_type());
-
-  positions.for_slabs(hidden + (reads_in_place ? 0 : channels) + (writes_in_place ? 0 : channels),
-                      [&](int64_t first, int64_t count, char* memory) {
-                        const Part inner = positions.buffer(memory, first, count, hidden);
-                        Part in = from, sums = to;
-                        if (!reads_in_place) {
-                          in = positions.buffer(memory, first, count, channels);
-                          positions.pass(in, from, channels, first, count, Activation::kNone);
-                        }
-                        if (!writes_in_place) sums = positions.buffer(memory, first, count, channels);
-                        positions.multiply(inner, in, first_weight, first, count);
-                        positions.pass(inner, inner, hidden, first, count, activation_of(activation), b1);
-                        positions.multiply(sums, inner, second_weight, first, count);
-                        positions.pass(to, sums, channels, first, count, Activation::kNone, b2, from.map);
-                      });
+  FeedForwardParams p{product_of(x, first, y), product_of(x, second, y), positions, 1, nullptr};
+  p.first.activation = between;
+  p.second.weight.depth = hidden, p.second.residual = p.first.x;
+  if (!positions_suffice(positions)) {  // the threads share the outputs, first of one product, then of the other
+    const ScalarType type = second.packed.bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+    const int64_t step = packed_depth(hidden, second.packed.bfloat16);
+    const Tensor between = torch::stable::empty({positions, step}, type);
+    const Map map{elements(between), p.first.height * p.first.width * step, 1, p.first.width * step, step};
+    p.first.y = p.second.x = map;
+    run(p.first, positions);
+    run(p.second, positions);
+    return y;
+  }
+  p.second.x = {{nullptr, second.packed.bfloat16 ? DType::kBFloat16 : DType::kFloat32}, 0, 1, 0, 0};
+  p.blocks = blocks_of(positions, block_of(channels + hidden));
+  const int64_t block = ceil_div(positions, p.blocks);
+  parallel(KERNEL(feed_forward), p, p.blocks, 2 * block * channels * hidden / vector_lanes(),
+           feed_forward_scratch(p, block));
   return y;
 }
 

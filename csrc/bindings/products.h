@@ -1,116 +1,130 @@
-// Products of positions and weights: the vendor's matrix product through PyTorch, in slabs whose results stay in cache
-// until our own pass over them has run.
+// Matrix products of positions and weights: packing, and the division of the work.
 #pragma once
 
-#include <array>
+#include <string>
+#include <vector>
 
 #include "bindings/convolution.h"
+#include "include/pack_weight.h"
 #include "include/pointwise_conv2d_act.h"
 
+DECLARE_KERNEL(pack_weight, PackWeightParams)
 DECLARE_KERNEL(pointwise_conv2d_act, PointwiseConv2dActParams)
 
 namespace mobilemamba {
-
-// The type that products with x are computed in. Without instructions for 16 bits PyTorch's products are 10 times
-// slower in them than in float32.
-inline ScalarType product_type(const Tensor& x) {
-#ifdef MOBILEMAMBA_X86
-  const bool bfloat16 = __builtin_cpu_supports("avx512bf16");
-#else
-  const bool bfloat16 = true;
-#endif
-  return x.scalar_type() == ScalarType::BFloat16 && bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-}
 
 inline Tensor convert(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// A map, or a buffer for the positions of one slab of it, which lacks the `skip` elements before them.
-struct Part {
-  Map map;
-  int64_t skip = 0;
+// The outputs of a weight, plain or packed, whose bias then tells.
+inline int64_t outputs_of(const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (weight.dim() != 1) return weight.size(0);
+  STD_TORCH_CHECK(bias && bias->dim() == 1, "mobilemamba: a packed weight needs a bias of one dimension");
+  return bias->size(0);
+}
+
+// Whether x and weight are multiplied in bfloat16: where the weight has it; and where x has it and the processor has
+// instructions for it, without which a weight of float32 loses nothing.
+inline bool in_bfloat16(const Tensor& x, const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::BFloat16 ||
+         (x.scalar_type() == ScalarType::BFloat16 && capability() >= Capability::kAvx512Bf16);
+}
+// Matrix instructions are the vendor's business.
+inline bool vendor_multiplies(const Tensor& x, const Tensor& weight) {
+  return capability() == Capability::kAmx && in_bfloat16(x, weight) && weight.dim() != 1;
+}
+
+// A weight as the kernels read it, with its bias as float32, and what keeps them in memory.
+struct Weights {
+  PackedWeight packed;
+  Tensor memory;
+  std::vector<float> bias;
 };
 
-// Positions of (batch, height, width), worked on in slabs that are evenly spaced in the matrices' maps.
-struct Positions {
-  int64_t batch, height, width;
-  ScalarType type;  // of the products
-  bool join;        // images follow each other as rows do, so that a slab may span several
-
-  // The strides of dimensions of size 1 mean nothing: make rows and images join where they can.
-  Map map(const Tensor& t) const {
-    Map m = map_of(t);
-    if (width == 1) m.column = height == 1 ? m.batch : m.row;
-    if (height == 1) m.row = width * m.column;
-    if (batch == 1) m.batch = height * m.row;
-    return m;
+// weight: packed, or (outputs, channels) or (outputs, channels, k, k), whose depth runs over (k, k, channels).
+inline Weights pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t channels, bool bfloat16) {
+  const int64_t outputs = outputs_of(weight, bias);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1, "mobilemamba: bias must have one dimension, got ", bias->dim());
+    check_size(*bias, 0, outputs);
   }
-
-  // Whether slabs of the map are matrices of the products' type, in place.
-  bool is_matrix(const Map& m, ScalarType its_type) const {
-    return its_type == type && (m.channel == 1 || m.column == 1) && m.row == width * m.column &&
-           (!join || m.batch == height * m.row);
+  Weights result{{nullptr, bfloat16, capability() >= Capability::kAvx512Bf16, outputs, 0}, weight, {}};
+  result.bias = bias ? values(*bias) : std::vector<float>();
+  result.bias.resize(packed_vectors(outputs) * kPackedLanes);
+  const ScalarType type = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  if (weight.dim() == 1) {
+    const int64_t padded = packed_vectors(outputs) * kPackedLanes;
+    STD_TORCH_CHECK(weight.scalar_type() == type && (weight.numel() <= 1 || weight.stride(0) == 1),
+                    "mobilemamba: a packed weight must be dense, as pack_weight made it");
+    elements(weight);
+    result.packed.data = weight.data_ptr();
+    result.packed.depth = padded ? weight.numel() / padded : 0;
+    return result;
   }
+  PackWeightParams p{};
+  p.weight = {elements(weight), weight.stride(0), weight.stride(1), 0, 0};
+  p.channels = channels, p.rows = p.columns = 1;
+  if (weight.dim() == 4)
+    p.rows = weight.size(2), p.columns = weight.size(3), p.weight.row = weight.stride(2),
+    p.weight.column = weight.stride(3);
+  result.packed.depth = p.rows * p.columns * channels;
+  const int64_t size = packed_size(outputs, result.packed.depth, bfloat16);
+  result.memory = torch::stable::new_empty(weight, {size}, type);
+  result.packed.data = p.to = result.memory.data_ptr();
+  p.packed = result.packed;
+  if (size > 0)
+    parallel(KERNEL(pack_weight), p, packed_panels(outputs), size / packed_panels(outputs) / 4,
+             pack_weight_scratch(vector_lanes()));
+  return result;
+}
 
-  // A buffer of (positions, channels) for the slab that begins with `first`; moves `memory` behind it.
-  Part buffer(char*& memory, int64_t first, int64_t positions, int64_t channels) const {
-    const Elements e{memory, type == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16};
-    memory += positions * channels * element_size(e.dtype);
-    return {{e, height * width * channels, 1, width * channels, channels}, first * channels};
-  }
+// Requires that a weight's depth is that of `channels` channels.
+inline void check_depth(const Weights& weights, int64_t channels) {
+  const int64_t depth = weights.packed.depth;
+  STD_TORCH_CHECK(depth == packed_depth(channels, weights.packed.bfloat16) || depth == channels,
+                  "mobilemamba: a weight of depth ", depth, " does not match ", channels,
+                  " channels; call the public function, which explains shapes");
+}
 
-  // out = in · weightᵀ + bias for a slab. All are new tensors: the threads of a parallel_for know nothing of the
-  // caller's grad mode, and out= refuses what requires a gradient.
-  void multiply(const Part& out, const Part& in, const Tensor& weight, int64_t first, int64_t positions,
-                const std::optional<Tensor>& bias = std::nullopt) const {
-    using Numbers = torch::headeronly::IntHeaderOnlyArrayRef;
-    const auto tensor = [&](void* data, Numbers sizes, Numbers strides) {
-      return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                      type);
-    };
-    const auto slab = [&](const Part& part, int64_t channels) {
-      const Map& m = part.map;
-      const int64_t image = height * width, offset = first / image * m.batch + first % image * m.column - part.skip;
-      return tensor((m.elements + offset).data, {positions, channels}, {m.column, m.channel});
-    };
-    const auto same = [&](const Tensor& t) { return tensor(t.data_ptr(), t.sizes(), t.strides()); };
-    using torch::stable::detail::from;
-    std::array<StableIValue, 4> stack{from(slab(in, weight.size(1))), from(same(weight)),
-                                      from(bias ? std::make_optional(same(*bias)) : std::nullopt),
-                                      from(slab(out, weight.size(0)))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-  }
+// A map whose dimensions of size 1, whose strides mean nothing, split no positions.
+inline Map joined_map(const Tensor& t) {
+  Map m = map_of(t);
+  if (t.size(3) == 1) m.column = t.size(2) == 1 ? m.batch : m.row;
+  if (t.size(2) == 1) m.row = t.size(3) * m.column;
+  if (t.size(0) == 1) m.batch = t.size(2) * m.row;
+  return m;
+}
 
-  // y = activation(x + bias) + residual for a slab.
-  void pass(const Part& y, const Part& x, int64_t channels, int64_t first, int64_t positions, Activation activation,
-            const std::optional<Tensor>& bias = std::nullopt, const Map& residual = {}) const {
-    PointwiseConv2dActParams p{channels, height, width,  first,          activation,      x.map,  residual,
-                               y.map,    x.skip, y.skip, elements(bias), stride(bias, 0), nullptr};
-    parallel(KERNEL(pointwise_conv2d_act), p, positions, channels, pointwise_scratch(p, vector_lanes()));
-  }
+inline Product product_of(const Tensor& x, const Weights& weights, const Tensor& y) {
+  Product p{};
+  p.height = x.size(2), p.width = x.size(3);
+  p.x = joined_map(x), p.y = joined_map(y);
+  p.weight = weights.packed, p.weight.depth = x.size(1);
+  p.bias = weights.bias.data();
+  return p;
+}
 
-  // Calls f(first, positions, memory) for each slab on PyTorch's threads, with memory for `channels` of the products'
-  // type. A slab that is alone, as too few positions to divide are, leaves the threads to the product and the pass.
-  template <class F>
-  void for_slabs(int64_t channels, const F& f) const {
-    // Positions. Below `least` products slow down, beyond `most` results leave the cache; each product in 16 bits packs
-    // the weights anew, which takes as long as 30 positions do.
-    const int64_t least = type == ScalarType::Float ? 64 : 512, most = type == ScalarType::Float ? 128 : 1024;
-    const int64_t groups = join ? 1 : batch, group = join ? batch * height * width : height * width;
-    const int64_t threads = torch::stable::get_num_threads();
-    int64_t parts = ceil_div(group, most);
-    if (groups < threads) parts = std::clamp<int64_t>(group / least, 1, ceil_div(parts * groups, threads) * threads);
-    const int64_t bytes = ceil_div(group, parts) * channels * (type == ScalarType::Float ? 4 : 2);
-    torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<char[]> memory(new char[bytes]);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t from = i % parts * group / parts, to = (i % parts + 1) * group / parts;
-        f(i / parts * group + from, to - from, memory.get());
-      }
-    });
-  }
-};
+// Positions of a block: their x and what else they have stay in the second cache while the weight goes by.
+inline int64_t block_of(int64_t floats_a_position) {
+  return std::clamp<int64_t>((1 << 16) / (floats_a_position + 1), 16, 96);
+}
+// Whether there are positions enough to give every thread some.
+inline bool positions_suffice(int64_t positions) { return positions >= 64 * torch::stable::get_num_threads(); }
+inline int64_t blocks_of(int64_t positions, int64_t block) {
+  const int64_t blocks = ceil_div(positions, block), threads = torch::stable::get_num_threads();
+  return positions_suffice(positions) ? ceil_div(blocks, threads) * threads : blocks;
+}
+
+inline void run(const Product& product, int64_t positions) {
+  const PackedWeight& w = product.weight;
+  const int64_t blocks = blocks_of(positions, block_of(w.depth));
+  const int64_t groups =
+      std::clamp<int64_t>(torch::stable::get_num_threads() / blocks, 1, packed_panels(w.outputs));
+  const PointwiseConv2dActParams p{product, positions, blocks, groups, nullptr};
+  const int64_t block = ceil_div(positions, blocks);
+  parallel(KERNEL(pointwise_conv2d_act), p, blocks * groups,
+           block * w.depth * ceil_div(w.outputs, groups) / vector_lanes(), product_scratch(product, block));
+}
 
 }  // namespace mobilemamba

@@ -9,7 +9,6 @@
 #include "cpu/tile.h"
 #include "include/haar.h"
 
-#define ALWAYS_INLINE __attribute__((always_inline))
 
 BEGIN_KERNELS
 namespace {

@@ -19,6 +19,7 @@
 #define BEGIN_KERNELS namespace mobilemamba { namespace MOBILEMAMBA_CONCAT(cpu_, CPU_CAPABILITY) {
 #define END_KERNELS } }
 #define INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))  // of a lambda, behind its parameters
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
 BEGIN_KERNELS

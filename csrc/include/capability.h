@@ -9,14 +9,16 @@
 
 namespace mobilemamba {
 
-enum class Capability { kDefault, kAvx2, kAvx512 };
+// The last two run the kernels of kAvx512: on one the products of bfloat16 have instructions of their own, on the other
+// they are the vendor's, which has matrix instructions.
+enum class Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The best that this processor and ATEN_CPU_CAPABILITY allow, chosen once at load.
 Capability capability();
 
 // Channels in one vector register of the chosen instruction set.
 inline int64_t vector_lanes() {
-  return capability() == Capability::kAvx512 ? 16 : capability() == Capability::kAvx2 ? 8 : 4;
+  return capability() >= Capability::kAvx512 ? 16 : capability() == Capability::kAvx2 ? 8 : 4;
 }
 
 }  // namespace mobilemamba
@@ -29,7 +31,7 @@ inline int64_t vector_lanes() {
   namespace cpu_avx512 { void name(const Params&, int64_t, int64_t); }    \
   }
 #define KERNEL(name)                                                        \
-  (mobilemamba::capability() == mobilemamba::Capability::kAvx512 ? &mobilemamba::cpu_avx512::name \
+  (mobilemamba::capability() >= mobilemamba::Capability::kAvx512 ? &mobilemamba::cpu_avx512::name \
    : mobilemamba::capability() == mobilemamba::Capability::kAvx2 ? &mobilemamba::cpu_avx2::name   \
                                                                  : &mobilemamba::cpu_default::name)
 #else

@@ -1,27 +1,15 @@
-// The passes around the matrix products of the pointwise convolution and the feed-forward layer.
+// Pointwise convolution with input activation, bias, activation and residual.
 #pragma once
 
-#include "include/activation.h"
-#include "include/tensor_view.h"
+#include "include/products.h"
 
 namespace mobilemamba {
 
-// y = activation(x + bias) + residual, with conversion and transposition where the tensors ask for it. An item is a
-// position of the (batch, height, width), counted from `first`.
+// An item is a group of the weight's panels at a block of positions; groups vary fastest.
 struct PointwiseConv2dActParams {
-  int64_t channels, height, width, first;
-  Activation activation;
-  Map x, residual, y;      // residual may be absent
-  int64_t x_skip, y_skip;  // elements that precede the position `first` and that a slab of positions lacks
-  Elements bias;           // (channels) or absent
-  int64_t bias_stride;
-  float* scratch;  // pointwise_scratch floats
+  Product product;
+  int64_t positions, blocks, groups;
+  float* scratch;  // product_scratch floats for the positions of a block
 };
-
-constexpr int64_t kPointwiseTile = 64;  // positions that are transposed together
-
-inline int64_t pointwise_scratch(const PointwiseConv2dActParams& p, int64_t lanes) {
-  return p.channels + lanes + 2 * kPointwiseTile * lanes;
-}
 
 }  // namespace mobilemamba

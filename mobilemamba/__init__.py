@@ -8,7 +8,7 @@ With timm installed, ``timm.create_model("mobilemamba_s6")`` knows the networks 
 
 from mobilemamba.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
 from mobilemamba.factory import create_model
-from mobilemamba.inference import fuse
+from mobilemamba.inference import fuse, optimize_for_inference
 from mobilemamba.model import MobileMamba
 from mobilemamba.profile import count_macs, count_parameters
 from mobilemamba.timm_models import register_with_timm
@@ -26,6 +26,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "model_from_checkpoint",
+    "optimize_for_inference",
     "save_checkpoint",
 ]
 

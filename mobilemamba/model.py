@@ -53,6 +53,7 @@ class MobileMamba(nn.Module):
         self.in_chans = in_chans
         self.distillation = distillation
         self.fused = False
+        self.optimized = False
         self.grad_checkpointing = False
 
         width1, width2, width3 = options.widths
@@ -158,6 +159,8 @@ class MobileMamba(nn.Module):
             raise ValueError(
                 f"images must be (batch, {self.in_chans}, height, width) with no side of 0, but are {tuple(x.shape)}"
             )
+        if self.optimized and x.is_floating_point():
+            x = x.to(torch.float32, memory_format=torch.channels_last)
         if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
             raise TypeError(
                 f"images must be {weight.dtype}, as the network's weights are, but are {x.dtype}: convert them"

@@ -9,6 +9,7 @@ from mobilemamba_kernels.ops.feed_forward import feed_forward
 from mobilemamba_kernels.ops.fold_batch_norm import fold_batch_norm
 from mobilemamba_kernels.ops.haar_dwt2d import haar_dwt2d
 from mobilemamba_kernels.ops.haar_idwt2d import haar_idwt2d
+from mobilemamba_kernels.ops.pack_weight import pack_weight
 from mobilemamba_kernels.ops.pointwise_conv2d_act import pointwise_conv2d_act
 from mobilemamba_kernels.ops.selective_scan import selective_scan_fn, selective_scan_ref
 from mobilemamba_kernels.ops.ss2d_bidirectional import ss2d_bidirectional
@@ -23,6 +24,7 @@ __all__ = [
     "fold_batch_norm",
     "haar_dwt2d",
     "haar_idwt2d",
+    "pack_weight",
     "pointwise_conv2d_act",
     "report",
     "selective_scan_fn",

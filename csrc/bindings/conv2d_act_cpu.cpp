@@ -49,14 +49,18 @@ Tensor conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, i
                           std::string activation) {
   Conv2dActParams p{};
   p.x = map_of(x);
-  STD_TORCH_CHECK(weight.dim() == 4 || weight.dim() == 1, "mobilemamba: weight must have four dimensions, or one");
+  STD_TORCH_CHECK(weight.dim() == 4 || weight.dim() == 3, "mobilemamba: weight must have four dimensions, or be packed");
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.filters = outputs_of(weight, bias), p.stride = stride, p.padding = padding;
-  const int64_t area = p.channels * packed_vectors(p.filters) * kPackedLanes;  // of one tap of a packed weight
-  p.k = weight.dim() == 4 ? weight.size(2) : area ? std::llround(std::sqrt(weight.numel() / area)) : 1;
+  if (weight.dim() == 4) {
+    p.k = weight.size(2);
+  } else {
+    const double depth = static_cast<double>(weight.size(1)) * (weight.size(2) / kPackedLanes);
+    p.k = std::max<int64_t>(1, std::llround(std::sqrt(depth / std::max<int64_t>(1, p.channels))));
+  }
   if (weight.dim() == 4) check_size(weight, 1, p.channels), check_size(weight, 3, p.k);
   // A pair of bfloat16 must not reach over the end of a run under the filter.
-  const bool bfloat16 = in_bfloat16(x, weight) && (weight.dim() == 1 || p.k * p.channels % 2 == 0);
+  const bool bfloat16 = in_bfloat16(x, weight) && (weight.dim() == 3 || p.k * p.channels % 2 == 0);
   const bool vendor = vendor_multiplies(x, weight) && x.numel() > 0;
   Weights weights;
   if (!vendor) {

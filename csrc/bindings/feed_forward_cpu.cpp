@@ -9,7 +9,7 @@ namespace {
 
 Tensor feed_forward_forward(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
                             std::string activation) {
-  STD_TORCH_CHECK(x.dim() == 4 && w1.dim() == w2.dim() && (w1.dim() == 1 || w1.dim() == 2),
+  STD_TORCH_CHECK(x.dim() == 4 && w1.dim() == w2.dim() && (w1.dim() == 3 || w1.dim() == 2),
                   "mobilemamba: feed_forward got a wrong rank");
   const int64_t channels = x.size(1), hidden = outputs_of(w1, b1), positions = x.size(0) * x.size(2) * x.size(3);
   if (w1.dim() == 2) check_size(w1, 1, channels), check_size(w2, 1, hidden);

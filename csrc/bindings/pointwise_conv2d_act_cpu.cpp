@@ -6,7 +6,7 @@ namespace {
 
 Tensor pointwise_conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string activation,
                                     std::optional<Tensor> residual, std::string input_activation) {
-  STD_TORCH_CHECK(weight.dim() == 1 || weight.dim() == 2, "mobilemamba: weight must have two dimensions, or one");
+  STD_TORCH_CHECK(weight.dim() == 3 || weight.dim() == 2, "mobilemamba: weight must have two dimensions, or be packed");
   STD_TORCH_CHECK(x.dim() == 4, "mobilemamba: x must have four dimensions, got ", x.dim());
   if (weight.dim() == 2) check_size(weight, 1, x.size(1));
   Tensor y = empty_image(x, outputs_of(weight, bias), x.size(2), x.size(3));

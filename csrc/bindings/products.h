@@ -19,7 +19,7 @@ inline Tensor convert(const Tensor& t, ScalarType type) {
 
 // The outputs of a weight, plain or packed, whose bias then tells.
 inline int64_t outputs_of(const Tensor& weight, const std::optional<Tensor>& bias) {
-  if (weight.dim() != 1) return weight.size(0);
+  if (weight.dim() != 3) return weight.size(0);
   STD_TORCH_CHECK(bias && bias->dim() == 1, "mobilemamba: a packed weight needs a bias of one dimension");
   return bias->size(0);
 }
@@ -32,7 +32,18 @@ inline bool in_bfloat16(const Tensor& x, const Tensor& weight) {
 }
 // Matrix instructions are the vendor's business.
 inline bool vendor_multiplies(const Tensor& x, const Tensor& weight) {
-  return capability() == Capability::kAmx && in_bfloat16(x, weight) && weight.dim() != 1;
+  return capability() == Capability::kAmx && in_bfloat16(x, weight) && weight.dim() != 3;
+}
+
+// Packs (outputs, channels, rows, columns) at `weight`, whose batch are the outputs.
+inline PackedWeight pack(const Map& weight, int64_t outputs, int64_t channels, int64_t rows, int64_t columns,
+                         bool bfloat16, void* to) {
+  const bool in_hardware = capability() >= Capability::kAvx512Bf16;
+  const PackedWeight packed{to, bfloat16, in_hardware, outputs, rows * columns * channels};
+  const PackWeightParams p{weight, channels, rows, columns, packed, to, nullptr};
+  const int64_t size = packed_size(outputs, packed.depth, bfloat16), panels = packed_panels(outputs);
+  if (size > 0) parallel(KERNEL(pack_weight), p, panels, size / panels / 4, pack_weight_scratch(vector_lanes()));
+  return packed;
 }
 
 // A weight as the kernels read it, with its bias as float32, and what keeps them in memory.
@@ -53,29 +64,24 @@ inline Weights pack(const Tensor& weight, const std::optional<Tensor>& bias, int
   result.bias = bias ? values(*bias) : std::vector<float>();
   result.bias.resize(packed_vectors(outputs) * kPackedLanes);
   const ScalarType type = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-  if (weight.dim() == 1) {
-    const int64_t padded = packed_vectors(outputs) * kPackedLanes;
-    STD_TORCH_CHECK(weight.scalar_type() == type && (weight.numel() <= 1 || weight.stride(0) == 1),
-                    "mobilemamba: a packed weight must be dense, as pack_weight made it");
-    elements(weight);
-    result.packed.data = weight.data_ptr();
-    result.packed.depth = padded ? weight.numel() / padded : 0;
+  if (weight.dim() == 3) {
+    const int64_t together = bfloat16 ? 2 : 1;
+    STD_TORCH_CHECK(weight.scalar_type() == type && weight.is_contiguous() && weight.size(2) == 16 * together &&
+                        weight.size(0) == packed_vectors(outputs),
+                    "mobilemamba: a packed weight must be as pack_weight made it, of as many outputs as the bias");
+    result.packed.data = elements(weight).data;
+    result.packed.depth = weight.size(1) * together;
     return result;
   }
-  PackWeightParams p{};
-  p.weight = {elements(weight), weight.stride(0), weight.stride(1), 0, 0};
-  p.channels = channels, p.rows = p.columns = 1;
-  if (weight.dim() == 4)
-    p.rows = weight.size(2), p.columns = weight.size(3), p.weight.row = weight.stride(2),
-    p.weight.column = weight.stride(3);
-  result.packed.depth = p.rows * p.columns * channels;
-  const int64_t size = packed_size(outputs, result.packed.depth, bfloat16);
+  Map map{elements(weight), weight.stride(0), weight.stride(1), 0, 0};
+  int64_t rows = 1, columns = 1;
+  if (weight.dim() == 4) {
+    rows = weight.size(2), columns = weight.size(3);
+    map.row = weight.stride(2), map.column = weight.stride(3);
+  }
+  const int64_t size = packed_size(outputs, rows * columns * channels, bfloat16);
   result.memory = torch::stable::new_empty(weight, {size}, type);
-  result.packed.data = p.to = result.memory.data_ptr();
-  p.packed = result.packed;
-  if (size > 0)
-    parallel(KERNEL(pack_weight), p, packed_panels(outputs), size / packed_panels(outputs) / 4,
-             pack_weight_scratch(vector_lanes()));
+  result.packed = pack(map, outputs, channels, rows, columns, bfloat16, result.memory.data_ptr());
   return result;
 }
 

@@ -1,10 +1,10 @@
 // ss2d_bidirectional_fwd on the CPU. Its gradient is composed in ops/ss2d_bidirectional.py around the scan's kernel.
-#include <cmath>
 #include <vector>
 
-#include "bindings/tensor.h"
+#include "bindings/products.h"
 #include "include/ss2d_bidirectional.h"
 
+DECLARE_KERNEL(ss2d_pack, Ss2dPackParams)
 DECLARE_KERNEL(ss2d_project, Ss2dParams)
 DECLARE_KERNEL(ss2d_scan, Ss2dParams)
 DECLARE_KERNEL(ss2d_normalize, Ss2dParams)
@@ -13,16 +13,6 @@ namespace mobilemamba {
 namespace {
 
 constexpr int64_t kOperations = 80;  // of one channel at one position in the scan phase, by the vector
-
-// (planes, dim, inner) to (planes, inner, padded), channels innermost.
-std::vector<float> pack(const Tensor& t, int64_t planes, int64_t dim, int64_t inner, int64_t padded) {
-  const std::vector<float> from = values(t);
-  std::vector<float> to(planes * inner * padded);
-  for (int64_t k = 0; k < planes; ++k)
-    for (int64_t c = 0; c < dim; ++c)
-      for (int64_t i = 0; i < inner; ++i) to[(k * inner + i) * padded + c] = from[(k * dim + c) * inner + i];
-  return to;
-}
 
 // A tensor whose height and width are one dimension of positions, copied only if they are not.
 Tensor with_positions(const Tensor& t) {
@@ -82,8 +72,7 @@ Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_
   Tensor out = torch::stable::empty_like(x);
   if (x.numel() == 0) return out;
 
-  p.padded_dim = ceil_div(p.dim, kSs2dLanes) * kSs2dLanes;
-  p.columns = ceil_div(2 * features, kSs2dLanes) * kSs2dLanes;
+  p.padded_dim = packed_vectors(p.dim) * kPackedLanes, p.columns = packed_vectors(2 * features) * kPackedLanes;
   x = with_positions(x);
   if (z) z = with_positions(*z);
   const Tensor written = with_positions(out);  // out's strides are those of the x that came in
@@ -91,21 +80,31 @@ Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_
   if (z) p.z = map(*z);
   p.eps = static_cast<float>(eps);
 
-  const std::vector<float> x_proj_packed = [&] {  // (2, features, dim) to (dim, columns)
-    const std::vector<float> from = values(x_proj);
-    std::vector<float> to(p.dim * p.columns);
-    for (int64_t i = 0; i < 2 * features; ++i)
-      for (int64_t c = 0; c < p.dim; ++c) to[c * p.columns + i] = from[i * p.dim + c];
+  const int64_t x_proj_size = p.columns * p.dim, plane = 2 * p.padded_dim;
+  const int64_t size = x_proj_size + p.columns + plane * (p.state + p.rank + 2) + 2 * p.padded_dim;
+  const Tensor packed = torch::stable::empty({size}, ScalarType::Float);
+  float* next = static_cast<float*>(packed.data_ptr());
+  const auto take = [&](int64_t floats) { return next += floats, next - floats; };
+  if (x_proj.stride(0) != features * x_proj.stride(1)) x_proj = torch::stable::contiguous(x_proj);
+  p.x_proj = pack({elements(x_proj), x_proj.stride(1), x_proj.stride(2), 0, 0}, 2 * features, p.dim, 1, 1, false,
+                  take(x_proj_size));
+  p.x_proj.outputs = p.columns;
+  float* zeros = take(p.columns);
+  std::fill_n(zeros, p.columns, 0.0f);
+  p.zeros = zeros;
+  Ss2dPackParams parameters{{}, p.dim, p.padded_dim, nullptr};
+  Ss2dParameter* parameter = parameters.parameters;
+  const auto add = [&](const Tensor& t, int64_t planes, int64_t count) {
+    float* to = take(planes * count * p.padded_dim);
+    const int64_t channel = planes == 2 ? 1 : 0;
+    *parameter++ = {elements(t), planes, channel ? t.stride(0) : 0, t.stride(channel), count,
+                    t.dim() == 3 ? t.stride(2) : 0, to};
     return to;
-  }();
-  std::vector<float> A = pack(A_log, 2, p.dim, p.state, p.padded_dim);
-  for (float& a : A) a = -std::exp(a);
-  const std::vector<float> dt_proj_packed = pack(dt_proj, 2, p.dim, p.rank, p.padded_dim);
-  const std::vector<float> bias = pack(dt_bias, 2, p.dim, 1, p.padded_dim), skip = pack(D, 2, p.dim, 1, p.padded_dim);
-  const std::vector<float> weight = pack(norm_weight, 1, p.dim, 1, p.padded_dim);
-  const std::vector<float> shift = pack(norm_bias, 1, p.dim, 1, p.padded_dim);
-  p.x_proj = x_proj_packed.data(), p.dt_proj = dt_proj_packed.data(), p.dt_bias = bias.data();
-  p.A = A.data(), p.D = skip.data(), p.norm_weight = weight.data(), p.norm_bias = shift.data();
+  };
+  p.A = add(A_log, 2, p.state), p.dt_proj = add(dt_proj, 2, p.rank), p.dt_bias = add(dt_bias, 2, 1), p.D = add(D, 2, 1);
+  p.norm_weight = add(norm_weight, 1, 1), p.norm_bias = add(norm_bias, 1, 1);
+  parallel(KERNEL(ss2d_pack), parameters, p.padded_dim / vector_lanes(), 4 * (p.rank + p.state),
+           ss2d_pack_scratch(vector_lanes()));
 
   run(p, batch);
   if (written.data_ptr() != out.data_ptr()) torch::stable::copy_(out, written);

@@ -1,53 +1,16 @@
 // Three phases over one image, whose intermediates (a few hundred positions of a few hundred channels) stay in cache:
-//   project    positions × columns: every position's low-rank step, B and C of both directions; a register-blocked
-//   product scan       kLanes channels, all positions, both directions: Δ is expanded from its low rank inside the
-//   tile, so it
+//   project    positions × columns: every position's low-rank step, B and C of both directions; a
+//              matrix product
+//   scan       kLanes channels, all positions, both directions: Δ is expanded from its low rank inside the tile, so it
 //              never exists in memory, and the two directions are added in the tile
 //   normalize  LayerNorm over the channels of a position, then the gate
 // x is read twice, z once, the result written once; the official network makes twelve passes.
+#include "cpu/products.h"
 #include "cpu/scan.h"
 #include "include/ss2d_bidirectional.h"
 
 BEGIN_KERNELS
 namespace {
-
-// out[i][0 … kVectors) = Σ_c x[i][c] w[c]: kRows positions at once, so that each weight vector serves all of them.
-template <int kRows, int kVectors>
-static void project_rows(float* out, const float* x, const float* w, int64_t dim, int64_t x_stride, int64_t columns) {
-  Vec sums[kRows][kVectors] = {};
-  for (int64_t c = 0; c < dim; ++c) {
-    Vec weights[kVectors];
-    for (int v = 0; v < kVectors; ++v) weights[v] = load(w + c * columns + v * kLanes);
-    for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < kVectors; ++v) sums[i][v] += splat(x[i * x_stride + c]) * weights[v];
-  }
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) store(out + i * columns + v * kLanes, sums[i][v]);
-}
-
-// Two vectors of columns at a time: with six rows, twelve sums fill the registers of every instruction set but the
-// oldest.
-static void project(float* out, const float* x, const float* w, int64_t count, int64_t dim, int64_t x_stride,
-                    int64_t columns) {
-  constexpr int kRows = 6;
-  for (int64_t column = 0; column < columns; column += 2 * kLanes) {
-    const bool two = column + kLanes < columns;
-    for (int64_t i = 0; i < count;) {
-      const int64_t rows = count - i >= kRows ? kRows : 1;
-      float* o = out + i * columns + column;
-      const float* from = x + i * x_stride;
-      if (rows == kRows && two)
-        project_rows<kRows, 2>(o, from, w + column, dim, x_stride, columns);
-      else if (rows == kRows)
-        project_rows<kRows, 1>(o, from, w + column, dim, x_stride, columns);
-      else if (two)
-        project_rows<1, 2>(o, from, w + column, dim, x_stride, columns);
-      else
-        project_rows<1, 1>(o, from, w + column, dim, x_stride, columns);
-      i += rows;
-    }
-  }
-}
 
 INLINE int64_t channels_from(const Ss2dParams& p, int64_t channel) {
   return p.dim - channel < kLanes ? p.dim - channel : kLanes;
@@ -104,6 +67,26 @@ INLINE float sum_all(Vec v) {
 
 }  // namespace
 
+// Items: blocks of kLanes channels.
+void ss2d_pack(const Ss2dPackParams& p, int64_t begin, int64_t end) {
+  for (int64_t c = begin * kLanes; c < end * kLanes; c += kLanes) {
+    const int64_t left = p.dim - c, channels = left < 0 ? 0 : left < kLanes ? left : kLanes;
+    for (const Ss2dParameter& t : p.parameters)
+      for (int64_t k = 0; k < t.planes; ++k)
+        for (int64_t first = 0; first < t.count; first += kSs2dPackTile) {
+          const int64_t count = t.count - first < kSs2dPackTile ? t.count - first : kSs2dPackTile;
+          if (channels > 0)
+            load_tile(p.scratch, t.from + (k * t.plane + c * t.channel + first * t.step), t.channel, t.step, channels,
+                      count);
+          for (int64_t i = 0; i < count; ++i) {
+            Vec v = channels > 0 ? load(p.scratch + i * kLanes) : Vec{};
+            if (&t == p.parameters) v = -exp2(v * kLog2E);
+            store(t.to + (k * t.count + first + i) * p.padded_dim + c, v);
+          }
+        }
+  }
+}
+
 // Items: images × blocks of kSs2dPositions.
 void ss2d_project(const Ss2dParams& p, int64_t begin, int64_t end) {
   const int64_t blocks = ss2d_position_blocks(p);
@@ -120,8 +103,11 @@ void ss2d_project(const Ss2dParams& p, int64_t begin, int64_t end) {
       }
       x = p.scratch;
     }
-    project(p.projected + ((image - p.first_image) * p.length + start) * p.columns, x, p.x_proj, count, p.dim,
-            direct ? p.x.position : p.padded_dim, p.columns);
+    float* projected = p.projected + ((image - p.first_image) * p.length + start) * p.columns;
+    const Slab slab{p.x_proj, p.zeros, Activation::kNone, x, direct ? p.x.position : p.padded_dim,
+                    1, 0, {projected, DType::kFloat32}, {}, p.columns,
+                    0, count};
+    multiply(slab, 0, packed_panels(p.columns));
   }
 }
 

@@ -1,8 +1,8 @@
 // MobileMamba's SS2D between its convolution and its output projection, one phase a kernel.
 #pragma once
 
+#include "include/products.h"
 #include "include/scan_scratch.h"
-#include "include/tensor_view.h"
 
 namespace mobilemamba {
 
@@ -17,8 +17,9 @@ struct Sequence {
 struct Ss2dParams {
   int64_t dim, length, state, rank;
   Sequence x, z, out;
-  // Packed by the binding, float32, channels padded with zeros to a multiple of kSs2dLanes (padded_dim):
-  const float* x_proj;   // (dim, columns): for direction k columns k (rank + 2 state) …: dt_low, B, C; padded too
+  PackedWeight x_proj;  // (columns, dim): for direction k rows k (rank + 2 state) …: dt_low, B, C; padded with zeros
+  const float* zeros;   // (columns)
+  // Packed by ss2d_pack, float32, channels padded with zeros to a multiple of kPackedLanes (padded_dim):
   const float* dt_proj;  // (2, rank, padded_dim)
   const float* dt_bias;  // (2, padded_dim)
   const float* A;        // (2, state, padded_dim), -exp(A_log)
@@ -33,7 +34,21 @@ struct Ss2dParams {
   float* scratch;  // one thread's
 };
 
-constexpr int64_t kSs2dLanes = 16;      // the most lanes of any instruction set
+// A parameter (planes, dim, count), strides in elements, on its way to (planes, count, padded_dim).
+struct Ss2dParameter {
+  Elements from;
+  int64_t planes, plane, channel, count, step;
+  float* to;
+};
+// An item is a block of channels.
+struct Ss2dPackParams {
+  Ss2dParameter parameters[6];  // the first is A_log, of which -exp is packed
+  int64_t dim, padded_dim;
+  float* scratch;  // ss2d_pack_scratch floats
+};
+constexpr int64_t kSs2dPackTile = 64;
+inline int64_t ss2d_pack_scratch(int64_t lanes) { return kSs2dPackTile * lanes; }
+
 constexpr int64_t kSs2dPositions = 64;  // of an item of the first and the last phase
 
 inline int64_t ss2d_position_blocks(const Ss2dParams& p) { return (p.length + kSs2dPositions - 1) / kSs2dPositions; }

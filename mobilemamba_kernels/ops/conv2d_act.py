@@ -9,6 +9,7 @@ from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops._activations import activate, check_activation
 from mobilemamba_kernels.ops._checks import autocast, check_dims, check_shape, check_tensors, check_window
 from mobilemamba_kernels.ops._convolutions import convolve, empty_image, output_size
+from mobilemamba_kernels.ops.pack_weight import as_multiplied, check_packed, outputs_of, unpack_weight
 
 
 def conv2d_act(
@@ -23,8 +24,7 @@ def conv2d_act(
 
     Args:
         x: (batch, C, H, W).
-        weight: (O, C, k, k). The CPU kernel reads it without a copy where O is a multiple of 16 and its memory is that
-            of a dense (k, k, C, O).
+        weight: (O, C, k, k), or that packed by :func:`pack_weight`. One of bfloat16 has ``x`` rounded to bfloat16 too.
         bias: (O).
         stride: at least 1, of both dimensions.
         padding: zeros on every side; k // 2 when None.
@@ -42,10 +42,13 @@ def conv2d_act(
     check_tensors(op, {"x": x, "weight": weight}, {"bias": bias})
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
-    check_dims(op, "weight", weight, "O, C, k, k")
-    filters, k = weight.shape[0], weight.shape[2]
-    check_shape(op, "weight", weight, (filters, x.shape[1], k, k), "O, C, k, k")
-    check_shape(op, "bias", bias, (filters,), "O")
+    k = _size(x, weight)
+    if weight.ndim == 3:
+        check_packed(op, "weight", weight, "bias", bias, k * k * x.shape[1])
+    else:
+        check_dims(op, "weight", weight, "O, C, k, k")
+        check_shape(op, "weight", weight, (weight.shape[0], x.shape[1], k, k), "O, C, k, k")
+        check_shape(op, "bias", bias, (weight.shape[0],), "O")
     padding = k // 2 if padding is None else padding
     check_window(op, x, k, stride, padding)
     x = autocast(x)
@@ -53,12 +56,21 @@ def conv2d_act(
     return _reference(*args) if choose(op, x, weight, bias) == "reference" else _operator(*args)
 
 
+def _size(x: Tensor, weight: Tensor) -> int:
+    """k of a weight, packed or not."""
+    if weight.ndim != 3:
+        return weight.shape[-1]
+    return max(1, round((weight.shape[1] * (weight.shape[2] // 16) / max(1, x.shape[1])) ** 0.5))
+
+
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
-    return activate(convolve(x, weight, bias, stride, padding), activation).to(x.dtype)
+    filters = unpack_weight(weight, outputs_of(weight, bias), x.shape[1], _size(x, weight))
+    y = convolve(as_multiplied(x, weight), filters, bias, stride, padding)
+    return activate(y, activation).to(x.dtype)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
-    return empty_image(x, weight.shape[0], *output_size(x, weight.shape[2], stride, padding))
+    return empty_image(x, outputs_of(weight, bias), *output_size(x, _size(x, weight), stride, padding))
 
 
 _operator = define_operator(

@@ -9,7 +9,8 @@ from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops import pointwise_conv2d_act as pointwise
 from mobilemamba_kernels.ops._activations import check_activation
-from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
+from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_tensors
+from mobilemamba_kernels.ops.pack_weight import check_matrix
 
 
 def feed_forward(
@@ -19,9 +20,9 @@ def feed_forward(
 
     Args:
         x: (batch, C, H, W).
-        w1: (M, C).
+        w1: (M, C), or that packed by :func:`pack_weight`. One of bfloat16 has its inputs rounded to bfloat16 as well.
         b1: (M), or None.
-        w2: (C, M).
+        w2: (C, M), or that packed, as ``w1`` is or is not.
         b2: (C), or None.
         activation: "none", "relu" or "silu".
 
@@ -37,12 +38,12 @@ def feed_forward(
     check_tensors(op, {"x": x, "w1": w1, "w2": w2}, {"b1": b1, "b2": b2})
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
-    check_dims(op, "w1", w1, "M, C")
-    channels, hidden = x.shape[1], w1.shape[0]
-    check_shape(op, "w1", w1, (hidden, channels), "M, C")
-    check_shape(op, "b1", b1, (hidden,), "M")
-    check_shape(op, "w2", w2, (channels, hidden), "C, M")
-    check_shape(op, "b2", b2, (channels,), "C")
+    channels = x.shape[1]
+    hidden = check_matrix(op, "w1", w1, "b1", b1, channels, "M, C")
+    if w1.ndim != w2.ndim:
+        raise ValueError(f"{op}: w1 and w2 must both be packed, or neither; got {tuple(w1.shape)}, {tuple(w2.shape)}")
+    if check_matrix(op, "w2", w2, "b2", b2, hidden, "C, M") != channels:
+        raise ValueError(f"{op}: w2 must have shape (C, M) = {(channels, hidden)}; got {tuple(w2.shape)}")
     x = autocast(x)
     args = (x, w1, b1, w2, b2, activation)
     return _reference(*args) if choose(op, x, w1, b1, w2, b2) == "reference" else _operator(*args)

@@ -10,6 +10,7 @@ from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops._activations import activate, check_activation
 from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
 from mobilemamba_kernels.ops._convolutions import empty_image
+from mobilemamba_kernels.ops.pack_weight import as_multiplied, check_matrix, outputs_of, unpack_weight
 
 
 def pointwise_conv2d_act(
@@ -24,7 +25,7 @@ def pointwise_conv2d_act(
 
     Args:
         x: (batch, C, H, W).
-        weight: (O, C).
+        weight: (O, C), or that packed by :func:`pack_weight`. One of bfloat16 has ``x`` rounded to bfloat16 as well.
         bias: (O).
         activation, input_activation: "none", "relu" or "silu".
         residual: (batch, O, H, W).
@@ -42,11 +43,9 @@ def pointwise_conv2d_act(
     check_activation(op, "activation", activation)
     check_activation(op, "input_activation", input_activation)
     check_dims(op, "x", x, "batch, C, H, W")
-    check_dims(op, "weight", weight, "O, C")
     batch, channels, height, width = x.shape
-    check_shape(op, "weight", weight, (weight.shape[0], channels), "O, C")
-    check_shape(op, "bias", bias, (weight.shape[0],), "O")
-    check_shape(op, "residual", residual, (batch, weight.shape[0], height, width), "batch, O, H, W")
+    outputs = check_matrix(op, "weight", weight, "bias", bias, channels, "O, C")
+    check_shape(op, "residual", residual, (batch, outputs, height, width), "batch, O, H, W")
     x, residual = autocast(x), autocast(residual)
     args = (x, weight, bias, activation, residual, input_activation)
     return _reference(*args) if choose(op, x, weight, bias, residual) == "reference" else _operator(*args)
@@ -61,7 +60,9 @@ def _reference(
     input_activation: str,
 ) -> Tensor:
     dtype = accumulate_dtype(x.dtype)
-    y = torch.einsum("oc,bchw->bohw", weight.to(dtype), activate(x.to(dtype), input_activation))
+    matrix = unpack_weight(weight, outputs_of(weight, bias), x.shape[1])
+    wide = as_multiplied(activate(x.to(dtype), input_activation), weight).to(dtype)
+    y = torch.einsum("oc,bchw->bohw", matrix.to(dtype), wide)
     if bias is not None:
         y = y + bias.to(dtype).view(-1, 1, 1)
     y = activate(y, activation)
@@ -78,7 +79,7 @@ def _fake(
     residual: Tensor | None,
     input_activation: str,
 ) -> Tensor:
-    return empty_image(x, weight.shape[0], *x.shape[2:])
+    return empty_image(x, outputs_of(weight, bias), *x.shape[2:])
 
 
 _operator = define_operator(

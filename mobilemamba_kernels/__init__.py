@@ -12,6 +12,7 @@ from mobilemamba_kernels.ops.haar_idwt2d import haar_idwt2d
 from mobilemamba_kernels.ops.pack_weight import pack_weight
 from mobilemamba_kernels.ops.pointwise_conv2d_act import pointwise_conv2d_act
 from mobilemamba_kernels.ops.selective_scan import selective_scan_fn, selective_scan_ref
+from mobilemamba_kernels.ops.squeeze_excite import squeeze_excite
 from mobilemamba_kernels.ops.ss2d_bidirectional import ss2d_bidirectional
 from mobilemamba_kernels.ops.wavelet_depthwise_conv2d import wavelet_depthwise_conv2d
 
@@ -29,6 +30,7 @@ __all__ = [
     "report",
     "selective_scan_fn",
     "selective_scan_ref",
+    "squeeze_excite",
     "ss2d_bidirectional",
     "use_backend",
     "wavelet_depthwise_conv2d",

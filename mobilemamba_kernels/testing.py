@@ -30,12 +30,17 @@ class Argument:
     mean: float = 0.0
     spread: float = 1.0  # standard deviation of an activation, half the width of a parameter's uniform interval
     positions: int = 0  # trailing dimensions that are positions, not channels
+    packed: torch.dtype | None = None  # of a parameter that pack_weight has packed
 
     def make(self, dtype: torch.dtype, layout: str, device: str, generator: torch.Generator) -> Tensor:
         if not self.positions:
             values = 2 * torch.rand(self.shape, generator=generator, dtype=torch.float64) - 1
             kept = torch.float64 if dtype == torch.float64 else torch.float32
-            return (self.mean + self.spread * values).to(device, kept)
+            made = (self.mean + self.spread * values).to(device, kept)
+            if self.packed is None:
+                return made
+            packed = mobilemamba_kernels.pack_weight(made, self.packed)
+            return packed.double() if dtype == torch.float64 else packed
         values = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         return _lay_out((self.mean + self.spread * values).to(device, dtype), self.positions, layout)
 
@@ -300,19 +305,25 @@ def _conv(
     padding: int | None = None,
     activation: str = "none",
     bias: bool = True,
+    packed: torch.dtype | None = None,
     benchmark: bool = False,
 ) -> Case:
     arguments = {
         "x": Argument((batch, channels, height, width), positions=2),
-        "weight": Argument((out, channels, k, k), spread=(3 / max(channels, 1)) ** 0.5 / k),
+        "weight": Argument((out, channels, k, k), spread=(3 / max(channels, 1)) ** 0.5 / k, packed=packed),
     }
     arguments |= {"bias": Argument((out,))} if bias else {}
     pad = k // 2 if padding is None else padding
     name = f"{batch}x{channels}to{out}x{height}x{width}-k{k}-s{stride}-p{pad}-{activation}" + (
         "" if bias else "-nobias"
     )
+    name += _packed_as(packed)
     options = {"stride": stride, "padding": padding, "activation": activation}
     return Case("conv2d_act", name, arguments, options, benchmark)
+
+
+def _packed_as(packed: torch.dtype | None) -> str:
+    return "" if packed is None else f"-packed-{str(packed).removeprefix('torch.')}"
 
 
 def _pointwise(
@@ -325,16 +336,21 @@ def _pointwise(
     activation: str = "none",
     input_activation: str = "none",
     has: str = "b",
+    maps: int = 1,
+    packed: torch.dtype | None = None,
     benchmark: bool = False,
 ) -> Case:
-    """``has``: b(ias), r(esidual)."""
-    arguments = {
-        "x": Argument((batch, channels, height, width), positions=2),
-        "weight": Argument((out, channels), spread=(3 / max(channels, 1)) ** 0.5),
+    """``has``: b(ias), r(esidual); ``maps``: that hold the channels, the last one fewer."""
+    parts = [channels // maps] * (maps - 1) + [channels - channels // maps * (maps - 1)]
+    images = [Argument((batch, part, height, width), positions=2) for part in reversed(parts)]
+    arguments: dict[str, Any] = {
+        "x": images if maps > 1 else images[0],
+        "weight": Argument((out, channels), spread=(3 / max(channels, 1)) ** 0.5, packed=packed),
     }
     arguments |= {"bias": Argument((out,))} if "b" in has else {}
     arguments |= {"residual": Argument((batch, out, height, width), positions=2)} if "r" in has else {}
     name = f"{batch}x{channels}to{out}x{height}x{width}-{input_activation}-{activation}" + ("-" + has if has else "")
+    name += (f"-maps{maps}" if maps > 1 else "") + _packed_as(packed)
     options = {"activation": activation, "input_activation": input_activation}
     return Case("pointwise_conv2d_act", name, arguments, options, benchmark)
 
@@ -347,18 +363,44 @@ def _feed_forward(
     width: int,
     *,
     activation: str = "relu",
+    has: str = "b",
+    packed: torch.dtype | None = None,
+    benchmark: bool = False,
+) -> Case:
+    """``has``: b(iases), r(esidual)."""
+    image = Argument((batch, channels, height, width), positions=2)
+    arguments = {
+        "x": image,
+        "w1": Argument((hidden, channels), spread=(3 / max(channels, 1)) ** 0.5, packed=packed),
+        "w2": Argument((channels, hidden), spread=(3 / max(hidden, 1)) ** 0.5, packed=packed),
+    }
+    biases = {"b1": Argument((hidden,)), "b2": Argument((channels,))}
+    arguments |= {"residual": image} if "r" in has else {}
+    name = f"{batch}x{channels}to{hidden}x{height}x{width}-{activation}-{has}" + _packed_as(packed)
+    options = {"activation": activation} | ({} if "b" in has else dict.fromkeys(biases))
+    return Case("feed_forward", name, arguments | (biases if "b" in has else {}), options, benchmark)
+
+
+def _squeeze_excite(
+    batch: int,
+    channels: int,
+    hidden: int,
+    height: int,
+    width: int,
+    *,
     bias: bool = True,
+    packed: torch.dtype | None = None,
     benchmark: bool = False,
 ) -> Case:
     arguments = {
         "x": Argument((batch, channels, height, width), positions=2),
-        "w1": Argument((hidden, channels), spread=(3 / max(channels, 1)) ** 0.5),
-        "w2": Argument((channels, hidden), spread=(3 / max(hidden, 1)) ** 0.5),
+        "w1": Argument((hidden, channels), spread=(3 / max(channels, 1)) ** 0.5, packed=packed),
+        "w2": Argument((channels, hidden), spread=(3 / max(hidden, 1)) ** 0.5, packed=packed),
     }
     biases = {"b1": Argument((hidden,)), "b2": Argument((channels,))}
-    name = f"{batch}x{channels}to{hidden}x{height}x{width}-{activation}" + ("" if bias else "-nobias")
-    options = {"activation": activation} | ({} if bias else dict.fromkeys(biases))
-    return Case("feed_forward", name, arguments | (biases if bias else {}), options, benchmark)
+    name = f"{batch}x{channels}to{hidden}x{height}x{width}" + ("" if bias else "-nobias") + _packed_as(packed)
+    options = {} if bias else dict.fromkeys(biases)
+    return Case("squeeze_excite", name, arguments | (biases if bias else {}), options, benchmark)
 
 
 BUILDERS: dict[str, Callable[..., Case]] = {
@@ -372,6 +414,7 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "conv2d_act": _conv,
     "pointwise_conv2d_act": _pointwise,
     "feed_forward": _feed_forward,
+    "squeeze_excite": _squeeze_excite,
 }
 """What builds a case of each operator from its sizes: the table below, and fuzzing."""
 
@@ -474,6 +517,9 @@ CASES: tuple[Case, ...] = (
     _conv(0, 3, 8, 4, 4),
     _conv(2, 0, 4, 3, 3),
     _conv(2, 3, 0, 4, 4),
+    _conv(2, 6, 20, 5, 6, stride=2, activation="relu", packed=torch.float32),
+    _conv(2, 6, 52, 5, 6, stride=2, packed=torch.bfloat16),
+    _conv(1, 3, 20, 5, 6, packed=torch.bfloat16),  # a row of the filter holds no whole pairs
     _conv(16, 3, 24, 224, 224, stride=2, activation="relu", benchmark=True),
     # Without their ReLU: among two million sums some are within rounding of its kink, and then no gradient is right.
     _conv(16, 24, 48, 112, 112, stride=2, benchmark=True),
@@ -488,6 +534,10 @@ CASES: tuple[Case, ...] = (
     _pointwise(2, 3, 4, 0, 5),
     _pointwise(2, 0, 4, 3, 3),
     _pointwise(2, 4, 0, 3, 3),
+    _pointwise(2, 37, 20, 5, 5, input_activation="relu", has="br", maps=3),
+    _pointwise(1, 40, 50, 9, 16, activation="relu", maps=2, packed=torch.float32),
+    _pointwise(2, 37, 53, 5, 5, input_activation="relu", has="br", maps=3, packed=torch.bfloat16),
+    _pointwise(3, 64, 112, 7, 7, has="br", packed=torch.bfloat16),
     _pointwise(16, 160, 640, 14, 14, benchmark=True),
     _pointwise(16, 320, 160, 14, 14, benchmark=True),
     _pointwise(16, 192, 192, 14, 14, input_activation="relu", has="br", benchmark=True),
@@ -495,15 +545,28 @@ CASES: tuple[Case, ...] = (
     _pointwise(16, 448, 448, 4, 4, input_activation="relu", has="br", benchmark=True),
     _pointwise(1, 160, 640, 14, 14, benchmark=True),
     _feed_forward(1, 1, 1, 1, 1),
-    _feed_forward(2, 5, 11, 3, 4),
+    _feed_forward(2, 5, 11, 3, 4, has="br"),
     _feed_forward(2, 37, 74, 5, 5, activation="silu"),
-    _feed_forward(1, 16, 20, 7, 7, activation="none", bias=False),
+    _feed_forward(1, 16, 20, 7, 7, activation="none", has="r"),
+    _feed_forward(2, 21, 43, 9, 10, has="br", packed=torch.float32),
+    _feed_forward(3, 21, 43, 9, 10, has="br", packed=torch.bfloat16),
+    _feed_forward(1, 32, 64, 5, 5, packed=torch.bfloat16),
     _feed_forward(0, 3, 6, 4, 4),
     _feed_forward(2, 3, 6, 0, 4),
     _feed_forward(16, 192, 384, 14, 14, benchmark=True),
     _feed_forward(16, 384, 768, 7, 7, benchmark=True),
     _feed_forward(16, 448, 896, 4, 4, benchmark=True),
     _feed_forward(1, 192, 384, 14, 14, benchmark=True),
+    _squeeze_excite(1, 1, 1, 1, 1),
+    _squeeze_excite(2, 37, 11, 9, 8),
+    _squeeze_excite(3, 16, 8, 1, 5, bias=False),
+    _squeeze_excite(2, 21, 8, 3, 4, packed=torch.float32),
+    _squeeze_excite(2, 21, 9, 3, 4, packed=torch.bfloat16),
+    _squeeze_excite(0, 3, 2, 4, 4),
+    _squeeze_excite(2, 0, 2, 3, 3),
+    _squeeze_excite(2, 3, 0, 3, 3),
+    _squeeze_excite(16, 768, 192, 7, 7, benchmark=True),
+    _squeeze_excite(16, 1536, 384, 4, 4, benchmark=True),
 )
 
 

@@ -20,7 +20,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("mobilemamba")
 
 INSTRUCTION_SETS = ["none"] if _library.COMPILED_ERROR else _library._C.cpu_capabilities()
-"""Those that this processor runs, the best last; "none" where the references run."""
+"""Those that can be used here; "none" where the references run."""
+
+BEST = INSTRUCTION_SETS[0] if _library.COMPILED_ERROR else _library.cpu_capability()
+"""The one that the processor gets."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

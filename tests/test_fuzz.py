@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
+from conftest import BEST, INSTRUCTION_SETS
 from hypothesis import given
 from hypothesis import strategies as st
 from test_ops import differentiate, operator, positional, reference
@@ -16,7 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFUSALS = (ValueError, TypeError, RuntimeError)
 
 batch, channels, size = st.integers(0, 3), st.integers(0, 40), st.integers(0, 12)
+positive = st.integers(1, 12)
 activation = st.sampled_from(["none", "relu", "silu"])
+packed = st.sampled_from([None, torch.float32, torch.bfloat16])
 
 
 def flags(letters: str) -> st.SearchStrategy[str]:
@@ -40,8 +42,21 @@ def convolution(draw: st.DrawFn, op: str) -> Case:
     common = {"stride": draw(st.integers(1, 3)), "padding": padding, "activation": draw(activation)}
     if op == "depthwise_conv2d_act":
         return BUILDERS[op](draw(batch), draw(channels), height, width, k, has=draw(flags("br")), **common)
+    form = draw(packed)
+    bias = form is not None or draw(st.booleans())
     return BUILDERS[op](
-        draw(batch), draw(channels), draw(channels), height, width, k, bias=draw(st.booleans()), **common
+        draw(batch), draw(channels), draw(channels), height, width, k, bias=bias, packed=form, **common
+    )
+
+
+@st.composite
+def product(draw: st.DrawFn, op: str, **options: st.SearchStrategy) -> Case:
+    """A case with a weight that is packed, and then with its bias, or not."""
+    form, has = draw(packed), draw(flags("br"))
+    has = has if form is None or "b" in has else "b" + has
+    drawn = {name: draw(option) for name, option in options.items()}
+    return BUILDERS[op](
+        draw(batch), draw(channels), draw(channels), draw(size), draw(size), has=has, packed=form, **drawn
     )
 
 
@@ -68,12 +83,12 @@ CASE_OF = {
     ),
     "depthwise_conv2d_act": convolution("depthwise_conv2d_act"),
     "conv2d_act": convolution("conv2d_act"),
-    "pointwise_conv2d_act": st.builds(
-        BUILDERS["pointwise_conv2d_act"], batch, channels, channels, size, size,
-        activation=activation, input_activation=activation, has=flags("br"),
+    "pointwise_conv2d_act": product(
+        "pointwise_conv2d_act", activation=activation, input_activation=activation, maps=st.integers(1, 3)
     ),
-    "feed_forward": st.builds(
-        BUILDERS["feed_forward"], batch, channels, channels, size, size, activation=activation, bias=st.booleans()
+    "feed_forward": product("feed_forward", activation=activation),
+    "squeeze_excite": st.builds(
+        BUILDERS["squeeze_excite"], batch, channels, channels, positive, positive, packed=packed
     ),
 }  # fmt: skip
 
@@ -81,7 +96,7 @@ CASE_OF = {
 @pytest.fixture(autouse=True)
 def best_instruction_set_afterwards():
     yield
-    use_instruction_set(INSTRUCTION_SETS[-1])
+    use_instruction_set(BEST)
 
 
 def use_instruction_set(name: str) -> None:

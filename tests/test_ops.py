@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 
 import mobilemamba_kernels
 from mobilemamba_kernels import use_backend
+from mobilemamba_kernels.ops.conv2d_act import filter_size
 from mobilemamba_kernels.testing import (
     CASES,
     LAYOUTS,
+    Argument,
     Case,
     assert_close,
     cases,
@@ -137,7 +139,11 @@ def positional(case: Case, arguments: dict) -> tuple:
     public = getattr(mobilemamba_kernels, case.op)
     given = {name: p.default for name, p in inspect.signature(public).parameters.items()} | arguments
     if case.op in ("conv2d_act", "depthwise_conv2d_act") and given["padding"] is None:
-        given["padding"] = given["weight"].shape[-1] // 2
+        packed = given["weight"].ndim == 3
+        given["padding"] = (filter_size(given["x"], given["weight"]) if packed else given["weight"].shape[-1]) // 2
+    if case.op == "pointwise_conv2d_act":
+        maps = [given["x"]] if isinstance(given["x"], Tensor) else given["x"]
+        given["x"], given["second"], given["third"] = (*maps, None, None)[:3]
     if case.op == "wavelet_depthwise_conv2d" and given["scale"] is not None:
         given["scale"] = given["scale"].flatten()
     if case.op == "haar_idwt2d":
@@ -256,9 +262,7 @@ def test_softplus_is_the_identity_above_20(case, instruction_set):
 @typical_cases
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_same_bits_at_any_number_of_threads(case, layout, restore_threads):
-    if case.op in ("pointwise_conv2d_act", "feed_forward"):
-        pytest.skip("matrix products are the vendor library's")
-    gradients = case.op not in ("conv2d_act", "depthwise_conv2d_act")  # theirs are PyTorch's
+    gradients = "scan" in case.op or "ss2d" in case.op or "wavelet" in case.op or "haar" in case.op  # not PyTorch's
     found = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
@@ -329,15 +333,13 @@ def test_compiles_with_inductor(op):
 def test_exports_with_a_dynamic_batch(case):
     arguments = {k: v for k, v in case.make().items() if k not in case.options}
     batch = torch.export.Dim("batch", min=1, max=64)
-    dynamic = {
-        name: {0: batch} if case.arguments[name].positions else None  # type: ignore[union-attr]
-        for name in arguments
-    }
-    larger = {
-        name: torch.cat([t, t, t.flip(0)]) if dynamic[name] else t  # type: ignore[index]
-        for name, t in arguments.items()
-    }
-    example = {name: torch.cat([t, t]) if dynamic[name] else t for name, t in arguments.items()}
+    shapes = {name: case.arguments[name] for name in arguments}
+    dynamic = pytree.tree_map_only(Argument, lambda a: {0: batch} if a.positions else None, shapes)
+
+    def repeat(*parts) -> dict:
+        return pytree.tree_map(lambda t, a: torch.cat([p(t) for p in parts]) if a.positions else t, arguments, shapes)
+
+    example, larger = repeat(Tensor.clone, Tensor.clone), repeat(Tensor.clone, Tensor.clone, lambda t: t.flip(0))
     program = torch.export.export(AsModule(case), (example,), dynamic_shapes=(dynamic,))
     found = program.module()(larger)
     expected = case.run(larger | dict(case.options))

@@ -61,7 +61,7 @@ Tensor conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, i
   if (weight.dim() == 4) check_size(weight, 1, p.channels), check_size(weight, 3, p.k);
   // A pair of bfloat16 must not reach over the end of a run under the filter.
   const bool bfloat16 = in_bfloat16(x, weight) && (weight.dim() == 3 || p.k * p.channels % 2 == 0);
-  const bool vendor = vendor_multiplies(x, weight) && x.numel() > 0;
+  const bool vendor = vendor_multiplies(x, weight) && x.scalar_type() == ScalarType::BFloat16 && x.numel() > 0;
   Weights weights;
   if (!vendor) {
     weights = pack(weight, bias, p.channels, bfloat16);

@@ -24,13 +24,13 @@ inline int64_t outputs_of(const Tensor& weight, const std::optional<Tensor>& bia
   return bias->size(0);
 }
 
-// Whether x and weight are multiplied in bfloat16: where the weight has it; and where x has it and the processor has
-// instructions for it, without which a weight of float32 loses nothing.
+// Whether x and weight are multiplied in bfloat16: where the weight has it; and where x has it, the weight is not packed
+// as something else, and the processor has the instructions, without which a weight of float32 loses nothing.
 inline bool in_bfloat16(const Tensor& x, const Tensor& weight) {
   return weight.scalar_type() == ScalarType::BFloat16 ||
-         (x.scalar_type() == ScalarType::BFloat16 && capability() >= Capability::kAvx512Bf16);
+         (x.scalar_type() == ScalarType::BFloat16 && weight.dim() != 3 && capability() >= Capability::kAvx512Bf16);
 }
-// Matrix instructions are the vendor's business.
+// Matrix instructions are the vendor's business. Its convolutions round their results, which suits maps of bfloat16 only.
 inline bool vendor_multiplies(const Tensor& x, const Tensor& weight) {
   return capability() == Capability::kAmx && in_bfloat16(x, weight) && weight.dim() != 3;
 }
@@ -105,7 +105,7 @@ inline Map joined_map(const Tensor& t) {
 inline Product product_of(const Tensor& x, const Weights& weights, const Tensor& y) {
   Product p{};
   p.height = x.size(2), p.width = x.size(3);
-  p.x = joined_map(x), p.y = joined_map(y);
+  p.x[0] = {joined_map(x), x.size(1)}, p.y = joined_map(y);
   p.weight = weights.packed, p.weight.depth = x.size(1);
   p.bias = weights.bias.data();
   return p;
@@ -124,6 +124,7 @@ inline int64_t blocks_of(int64_t positions, int64_t block) {
 
 inline void run(const Product& product, int64_t positions) {
   const PackedWeight& w = product.weight;
+  if (w.outputs == 0) return;
   const int64_t blocks = blocks_of(positions, block_of(w.depth));
   const int64_t groups =
       std::clamp<int64_t>(torch::stable::get_num_threads() / blocks, 1, packed_panels(w.outputs));

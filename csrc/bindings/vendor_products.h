@@ -89,6 +89,22 @@ struct Positions {
   }
 };
 
+// The channels of several maps in one.
+inline Tensor joined_channels(const std::vector<Tensor>& maps) {
+  if (maps.size() == 1) return maps[0];
+  const Tensor& x = maps[0];
+  int64_t channels = 0;
+  for (const Tensor& t : maps) channels += t.size(1);
+  const Tensor all = empty_image(x, channels, x.size(2), x.size(3));
+  channels = 0;
+  for (const Tensor& t : maps) {
+    Tensor part = torch::stable::narrow(const_cast<Tensor&>(all), 1, channels, t.size(1));
+    torch::stable::copy_(part, t);
+    channels += t.size(1);
+  }
+  return all;
+}
+
 inline void vendor_pointwise(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              Activation before, Activation after, const std::optional<Tensor>& residual,
                              const Tensor& y) {
@@ -123,13 +139,15 @@ inline void vendor_pointwise(const Tensor& x, const Tensor& weight, const std::o
 }
 
 inline void vendor_feed_forward(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
-                                const std::optional<Tensor>& b2, Activation activation, const Tensor& y) {
+                                const std::optional<Tensor>& b2, Activation activation,
+                                const std::optional<Tensor>& residual, Tensor& y) {
   const int64_t channels = x.size(1), hidden = w1.size(0);
   Positions positions{x.size(0), x.size(2), x.size(3), true};
   const Part from{joined_map(x)}, to{joined_map(y)};
   positions.join = to.map.batch == positions.height * to.map.row;
   const Tensor first_weight = convert(w1, Positions::kType), second_weight = convert(w2, Positions::kType);
   const bool reads_in_place = positions.is_matrix(from.map), writes_in_place = positions.is_matrix(to.map);
+  const Map added = residual ? joined_map(*residual) : Map{};
 
   positions.for_slabs(hidden + (reads_in_place ? 0 : channels) + (writes_in_place ? 0 : channels),
                       [&](int64_t first, int64_t count, char* memory) {
@@ -144,6 +162,7 @@ inline void vendor_feed_forward(const Tensor& x, const Tensor& w1, const std::op
                         positions.pass(inner, inner, hidden, first, count, activation, b1);
                         positions.multiply(sums, inner, second_weight, first, count);
                         positions.pass(to, sums, channels, first, count, Activation::kNone, b2, from.map);
+                        if (residual) positions.pass(to, to, channels, first, count, Activation::kNone, {}, added);
                       });
 }
 

@@ -51,7 +51,7 @@ void conv2d_act(const Conv2dActParams& p, int64_t begin, int64_t end) {
   float* tile = p.scratch + conv2d_padded_rows(p) * size;
   float* sums = tile + (p.width + p.out_width) * kLanes;
   const bool in_place = p.y.channel == 1 && p.y.elements.dtype != DType::kFloat16;
-  Slab slab{p.weight, p.bias, p.activation, nullptr, p.stride * p.channels, p.k, size, {}, {}, 0, 0, p.out_width};
+  Slab slab{p.weight, p.bias, p.activation, nullptr, p.stride * p.channels, p.k, size, p.out_width, {}, 0, {}, {}, 0, 0};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / bands, top = item % bands * p.rows, first = top * p.stride - p.padding;
     const int64_t bottom = top + p.rows < p.out_height ? top + p.rows : p.out_height;

@@ -64,17 +64,19 @@ struct Columns {
   int64_t width, output, outputs;
 };
 
-// y = activation(sums) + residual of any type, for outputs that need not fill registers.
+// y = activation(sums) + residual + more of any type, for outputs that need not fill registers.
 static void finish(const Slab& s, const float* sums, int64_t width, int64_t count, int64_t first, int64_t output,
                    int64_t outputs) {
   const auto rows = [&](auto* y) {
     const auto* residual = static_cast<decltype(y)>(s.residual.data);
+    const auto* more = static_cast<decltype(y)>(s.more.data);
     with_activation(s.activation, [&](auto act) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < outputs; c += kLanes) {
           const int64_t some = outputs - c < kLanes ? outputs - c : kLanes;
           Vec v = act(load(sums + i * width + c));
           if (residual) v += load_some(residual + (first + i) * s.residual_step + output + c, some);
+          if (more) v += load_some(more + (first + i) * s.more_step + output + c, some);
           store_some(y + (first + i) * s.y_step + output + c, v, some);
         }
     });
@@ -118,6 +120,14 @@ static void sum_products(const Slab& s, const Columns<Numbers>& columns, int64_t
       unrolled(vectors, [&](auto v) ALWAYS_INLINE {
         const Vec added = load(residual + i * s.residual_step + v * kLanes);
         store(y + i * s.y_step + v * kLanes, at_least(sum[i][v], low) + added);
+      });
+    });
+    if (!s.more) return;
+    const float* more = static_cast<float*>(s.more.data) + first * s.more_step + columns.output;
+    unrolled(positions, [&](auto i) ALWAYS_INLINE {
+      unrolled(vectors, [&](auto v) ALWAYS_INLINE {
+        float* to = y + i * s.y_step + v * kLanes;
+        store(to, load(to) + load(more + i * s.more_step + v * kLanes));
       });
     });
     return;

@@ -28,9 +28,17 @@ struct PackedWeight {
   int64_t outputs, depth;
 };
 
+// What a product reads: the channels of one map, or of several one behind the other.
+constexpr int kMostInputs = 3;
+struct ProductInput {
+  Map map;
+  int64_t channels;
+};
+
 struct Product {
   int64_t height, width;  // positions are (batch, height, width), whose maps have no dimension of size 1 that splits them
-  Map x, residual, y;     // residual may be absent
+  ProductInput x[kMostInputs];
+  Map residual, more, y;  // residual and more, which are added, may be absent
   Activation input_activation, activation;
   PackedWeight weight;
   const float* bias;  // (outputs), padded to a multiple of kPackedLanes
@@ -45,11 +53,15 @@ inline bool channels_inside(const Product& p, const Map& m) { return m.channel =
 inline bool reads_in_place(const Product& p) {
   const bool whole = p.weight.depth == packed_depth(p.weight.depth, p.weight.bfloat16);
   const DType type = p.weight.bfloat16 ? DType::kBFloat16 : DType::kFloat32;
-  return p.input_activation == Activation::kNone && p.x.elements.dtype == type && whole && channels_inside(p, p.x);
+  const Map& x = p.x[0].map;
+  return p.input_activation == Activation::kNone && p.x[0].channels == p.weight.depth && x.elements.dtype == type &&
+         whole && channels_inside(p, x);
 }
 inline bool writes_in_place(const Product& p) {
-  return channels_inside(p, p.y) && p.y.elements.dtype != DType::kFloat16 &&
-         (!p.residual || (channels_inside(p, p.residual) && p.residual.elements.dtype == p.y.elements.dtype));
+  const auto fits = [&](const Map& m) {
+    return !m || (channels_inside(p, m) && m.elements.dtype == p.y.elements.dtype);
+  };
+  return fits(p.y) && p.y.elements.dtype != DType::kFloat16 && fits(p.residual) && fits(p.more);
 }
 
 // `count` positions as the kernel reads and writes them: channels side by side, the depth in equal runs.
@@ -59,9 +71,11 @@ struct Slab {
   Activation activation;
   const void* x;  // float32, or bfloat16 for a weight of bfloat16
   int64_t x_step, runs, run_step;
-  Elements y, residual;  // float32 or bfloat16, both the same; residual may be absent
-  int64_t y_step, residual_step;
   int64_t count;
+  Elements y;  // float32 or bfloat16, as residual and more, which may be absent
+  int64_t y_step;
+  Elements residual, more;
+  int64_t residual_step, more_step;
 };
 
 // Floats of scratch for `positions` of a product: x as the product reads it, a panel's sums and a tile of the residual.

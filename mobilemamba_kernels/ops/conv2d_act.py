@@ -42,7 +42,7 @@ def conv2d_act(
     check_tensors(op, {"x": x, "weight": weight}, {"bias": bias})
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
-    k = _size(x, weight)
+    k = filter_size(x, weight)
     if weight.ndim == 3:
         check_packed(op, "weight", weight, "bias", bias, k * k * x.shape[1])
     else:
@@ -56,7 +56,7 @@ def conv2d_act(
     return _reference(*args) if choose(op, x, weight, bias) == "reference" else _operator(*args)
 
 
-def _size(x: Tensor, weight: Tensor) -> int:
+def filter_size(x: Tensor, weight: Tensor) -> int:
     """k of a weight, packed or not."""
     if weight.ndim != 3:
         return weight.shape[-1]
@@ -64,13 +64,13 @@ def _size(x: Tensor, weight: Tensor) -> int:
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
-    filters = unpack_weight(weight, outputs_of(weight, bias), x.shape[1], _size(x, weight))
+    filters = unpack_weight(weight, outputs_of(weight, bias), x.shape[1], filter_size(x, weight))
     y = convolve(as_multiplied(x, weight), filters, bias, stride, padding)
     return activate(y, activation).to(x.dtype)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
-    return empty_image(x, outputs_of(weight, bias), *output_size(x, _size(x, weight), stride, padding))
+    return empty_image(x, outputs_of(weight, bias), *output_size(x, filter_size(x, weight), stride, padding))
 
 
 _operator = define_operator(

@@ -9,14 +9,20 @@ from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops import pointwise_conv2d_act as pointwise
 from mobilemamba_kernels.ops._activations import check_activation
-from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_tensors
+from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
 from mobilemamba_kernels.ops.pack_weight import check_matrix
 
 
 def feed_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str = "relu"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "relu",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Return x + w2 · activation(w1 · x + b1) + b2 at every position.
+    """Return x + w2 · activation(w1 · x + b1) + b2 + residual at every position.
 
     Args:
         x: (batch, C, H, W).
@@ -25,6 +31,7 @@ def feed_forward(
         w2: (C, M), or that packed, as ``w1`` is or is not.
         b2: (C), or None.
         activation: "none", "relu" or "silu".
+        residual: (batch, C, H, W); an outer residual beside the layer's own.
 
     Returns:
         (batch, C, H, W) in ``x``'s dtype (under autocast, autocast's). Differentiable once, in every tensor; twice on
@@ -35,7 +42,7 @@ def feed_forward(
         ValueError: shapes, devices or the activation do not fit.
     """
     op = "feed_forward"
-    check_tensors(op, {"x": x, "w1": w1, "w2": w2}, {"b1": b1, "b2": b2})
+    check_tensors(op, {"x": x, "w1": w1, "w2": w2}, {"b1": b1, "b2": b2, "residual": residual})
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
     channels = x.shape[1]
@@ -44,24 +51,34 @@ def feed_forward(
         raise ValueError(f"{op}: w1 and w2 must both be packed, or neither; got {tuple(w1.shape)}, {tuple(w2.shape)}")
     if check_matrix(op, "w2", w2, "b2", b2, hidden, "C, M") != channels:
         raise ValueError(f"{op}: w2 must have shape (C, M) = {(channels, hidden)}; got {tuple(w2.shape)}")
-    x = autocast(x)
-    args = (x, w1, b1, w2, b2, activation)
-    return _reference(*args) if choose(op, x, w1, b1, w2, b2) == "reference" else _operator(*args)
+    check_shape(op, "residual", residual, tuple(x.shape), "batch, C, H, W")
+    x, residual = autocast(x), autocast(residual)
+    args = (x, w1, b1, w2, b2, activation, residual)
+    return _reference(*args) if choose(op, x, w1, b1, w2, b2, residual) == "reference" else _operator(*args)
 
 
-def _reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
+def _reference(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
     wide = x.to(accumulate_dtype(x.dtype))
     hidden = pointwise._reference(wide, w1, b1, activation, None, "none")
-    return pointwise._reference(hidden, w2, b2, "none", wide, "none").to(x.dtype)
+    y = pointwise._reference(hidden, w2, b2, "none", wide, "none")
+    return (y if residual is None else y + residual.to(y.dtype)).to(x.dtype)
 
 
-def _fake(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
+def _fake(x: Tensor, *others) -> Tensor:
     return torch.empty_like(x)
 
 
 _operator = define_operator(
     "feed_forward",
-    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> Tensor",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, Tensor? residual) -> Tensor",
     _reference,
     _fake,
 )

@@ -24,8 +24,8 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Returns:
         A tensor of three dimensions whose order is the kernels' business: panels of up to 48 outputs, outputs innermost,
         padded with zeros to a multiple of 16; in bfloat16, pairs of the depth within the outputs. Where products of
-        bfloat16 are the vendor library's (AMX), and where a filter's row of bfloat16 is no whole number of pairs
-        (k · C odd, k > 1), ``weight`` itself, in ``dtype`` or float32.
+        bfloat16 are the vendor library's (AMX), ``weight`` (O, C) itself in that type; where a row of filters is no
+        whole number of pairs (k · C odd), packed in float32.
 
     Raises:
         TypeError: ``weight`` is no real floating-point tensor, or ``dtype`` is another.
@@ -36,12 +36,12 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise TypeError(f"pack_weight: dtype must be float32 or bfloat16; got {dtype}")
     if weight.ndim not in (2, 4):
         raise ValueError(f"pack_weight: weight must have shape (O, C) or (O, C, k, k); got {tuple(weight.shape)}")
-    together = 2 if dtype == torch.bfloat16 else 1
-    if together == 2:
-        if not _library.COMPILED_ERROR and _library.cpu_capability() == "amx":
+    if weight.ndim == 4 and weight.shape[1] * weight.shape[3] % 2:
+        dtype = torch.float32
+    elif weight.ndim == 2 and dtype == torch.bfloat16 and _library.COMPILED_ERROR is None:
+        if _library.cpu_capability() == "amx":
             return weight.to(dtype)
-        if weight.ndim == 4 and weight.shape[1] * weight.shape[3] % 2:
-            return weight.float()
+    together = 2 if dtype == torch.bfloat16 else 1
     matrix = weight.to(dtype) if weight.ndim == 2 else weight.to(dtype).permute(0, 2, 3, 1).flatten(1)
     outputs, depth = matrix.shape
     vectors, steps = -(-outputs // _LANES), -(-depth // together)

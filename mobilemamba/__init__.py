@@ -8,8 +8,9 @@ With timm installed, ``timm.create_model("mobilemamba_s6")`` knows the networks 
 
 from mobilemamba.checkpoints import load_checkpoint, model_from_checkpoint, save_checkpoint
 from mobilemamba.factory import create_model
-from mobilemamba.inference import fuse, optimize_for_inference
+from mobilemamba.inference import fuse
 from mobilemamba.model import MobileMamba
+from mobilemamba.optimized import optimize_for_inference
 from mobilemamba.profile import count_macs, count_parameters
 from mobilemamba.timm_models import register_with_timm
 from mobilemamba.variants import VARIANTS, Options, Variant, list_models

@@ -4,16 +4,16 @@
 """
 
 import copy
+from collections.abc import Iterable, Sequence
 from functools import singledispatch
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mobilemamba.layers import (
     FFN,
+    Block,
     ConvBN,
-    DropPath,
     GlobalOp,
     Head,
     LocalOp,
@@ -28,8 +28,8 @@ from mobilemamba_kernels import (
     depthwise_conv2d_act,
     feed_forward,
     fold_batch_norm,
-    pack_weight,
     pointwise_conv2d_act,
+    squeeze_excite,
     wavelet_depthwise_conv2d,
 )
 
@@ -59,39 +59,6 @@ def fuse(model: MobileMamba) -> MobileMamba:
     return model.requires_grad_(False)
 
 
-def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float32) -> MobileMamba:
-    """The same network as fast as a CPU runs it, as a copy: :func:`fuse`, and the weights in the kernels' order.
-
-    Images may have any floating-point type and layout; the maps are channels-last, everything but matrix products is
-    computed in float32, and so are the results. It equals ``model`` in eval mode up to rounding, has the same methods,
-    and can be captured by ``torch.compile`` and ``torch.export``. It stays on the CPU and in its type.
-
-    Args:
-        model: any :class:`MobileMamba`, fused or not; it stays as it is.
-        dtype: of the matrix products' operands: float32, or bfloat16, which is faster where the processor multiplies it
-            and halves the weights' memory everywhere.
-
-    Raises:
-        TypeError: ``dtype`` is another.
-        ValueError: the model is not on the CPU.
-    """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, but is {dtype}")
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        raise ValueError(f"the network must be on the CPU to be optimized for it, but is on {device}: move a copy there")
-    if model.optimized:
-        raise ValueError("the network is optimized already: optimize the one that it was made from")
-    model = fuse(model).float()
-    if isinstance(model.head, nn.Linear):
-        model.head = Classifier(model.head)
-    for module in list(model.modules()):
-        if isinstance(module, (Conv, Pointwise, FeedForward)):
-            module.pack(dtype)
-    model.optimized = True
-    return model.requires_grad_(False)
-
-
 class Conv(nn.Module):
     """``conv2d_act`` with its parameters, weight (O, C, k, k) and bias (O)."""
 
@@ -99,9 +66,6 @@ class Conv(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.stride, self.activation = stride, activation
-
-    def pack(self, dtype: torch.dtype) -> None:
-        self.weight = nn.Parameter(pack_weight(self.weight, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return conv2d_act(x, self.weight, self.bias, self.stride, activation=self.activation)
@@ -132,10 +96,7 @@ class Pointwise(nn.Module):
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.activation, self.input_activation = activation, input_activation
 
-    def pack(self, dtype: torch.dtype) -> None:
-        self.weight = nn.Parameter(pack_weight(self.weight, dtype))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:
         return pointwise_conv2d_act(x, self.weight, self.bias, self.activation, residual, self.input_activation)
 
 
@@ -146,21 +107,19 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(t) for t in (w1, b1, w2, b2))
 
-    def pack(self, dtype: torch.dtype) -> None:
-        self.w1, self.w2 = (nn.Parameter(pack_weight(weight, dtype)) for weight in (self.w1, self.w2))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return feed_forward(x, self.w1, self.b1, self.w2, self.b2, residual=residual)
+
+
+class FusedSqueezeExcite(nn.Module):
+    """``squeeze_excite`` with its parameters, w1 (M, C), b1 (M), w2 (C, M), b2 (C)."""
+
+    def __init__(self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+        super().__init__()
+        self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(t) for t in (w1, b1, w2, b2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.w1, self.b1, self.w2, self.b2)
-
-
-class Classifier(Pointwise):
-    """A linear layer as a pointwise convolution of pooled features: (B, C) → (B, num_classes)."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.weight, linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x[:, :, None, None])[:, :, 0, 0]
+        return squeeze_excite(x, self.w1, self.b1, self.w2, self.b2)
 
 
 class FusedGlobalOp(nn.Module):
@@ -184,6 +143,17 @@ class FusedMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attn.proj(self.attn.branches(x), x)
+
+
+class FusedBlock(nn.Module):
+    """A block; the last of its layers adds its residual."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.dw0, self.ffn0, self.mixer, self.dw1, self.ffn1 = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))), x)
 
 
 def _folded(conv: Any, bn: Any, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -245,8 +215,7 @@ def _(layer: Any) -> nn.Module:
 
 @_fused.register(SqueezeExcite)
 def _(layer: Any) -> nn.Module:
-    layer.fc1, layer.fc2 = (Pointwise(fc.weight.flatten(1), fc.bias) for fc in (layer.fc1, layer.fc2))
-    return layer
+    return FusedSqueezeExcite(layer.fc1.weight.flatten(1), layer.fc1.bias, layer.fc2.weight.flatten(1), layer.fc2.bias)
 
 
 @_fused.register(LocalOp)
@@ -268,9 +237,9 @@ def _(layer: Any) -> nn.Module:
     return FusedGlobalOp(atten, layer.wavelet_convs[0].weight * scale)
 
 
-@_fused.register(DropPath)
+@_fused.register(Block)
 def _(layer: Any) -> nn.Module:
-    return nn.Identity()
+    return FusedBlock(map(_fused, (layer.dw0, layer.ffn0, layer.mixer, layer.dw1, layer.ffn1)))
 
 
 @_fused.register(Head)

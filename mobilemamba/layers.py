@@ -260,16 +260,16 @@ class MRFFI(nn.Module):
         self.proj = nn.Sequential(nn.ReLU(), ConvBN(sum(split), sum(split), scale=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.branches(x))
+        return self.proj(torch.cat(self.branches(x), 1))
 
-    def branches(self, x: Tensor) -> Tensor:
-        """The three branches' results side by side: (B, C, H, W) → (B, C, H, W)."""
+    def branches(self, x: Tensor) -> list[Tensor]:
+        """The branches' results, those of them that have channels: (B, C, H, W) → three maps of C channels in all."""
         wide, narrow, rest = x.split(self.split, 1)
         if self.global_op is not None:
             wide = self.global_op(wide)
         if self.local_op is not None:
             narrow = self.local_op(narrow)
-        return torch.cat([wide, narrow, rest], 1)
+        return [part for part in (wide, narrow, rest) if part.shape[1]]
 
 
 class Mixer(nn.Module):

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mobilemamba.inference import Conv, Depthwise, FeedForward, FusedGlobalOp, Pointwise
+from mobilemamba.inference import Conv, Depthwise, FeedForward, FusedGlobalOp, FusedSqueezeExcite, Pointwise
 from mobilemamba.layers import SS2D, GlobalOp
 from mobilemamba.model import MobileMamba
+from mobilemamba.optimized import (
+    DirectDepthwise,
+    DirectScan,
+    DirectWavelet,
+    PackedConv,
+    PackedFeedForward,
+    PackedPointwise,
+    PackedSqueezeExcite,
+)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -64,6 +73,7 @@ _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     Depthwise: _at_each_position("weight"),
     Pointwise: _at_each_position("weight"),
     FeedForward: _at_each_position("w1", "w2"),
+    FusedSqueezeExcite: lambda module, shape: module.w1.numel() + module.w2.numel(),
     SS2D: _at_each_position("x_proj_weight", "dt_projs_weight"),
     GlobalOp: lambda module, shape: sum(_wavelet(conv.weight, shape) for conv in module.wavelet_convs),
     FusedGlobalOp: lambda module, shape: _wavelet(module.weight, shape),

@@ -43,13 +43,16 @@ void run_images(const Images& images, int64_t begin, int64_t end) {
 
 void run(Ss2dParams& p, int64_t batch) {
   const int64_t lanes = vector_lanes(), scan_cost = p.length * p.state * kOperations;
+  p.block = kSs2dPositions;
   if (batch >= torch::stable::get_num_threads()) {
     parallel<Images>(&run_images, {p, nullptr}, batch, scan_cost * scan_blocks(p), between(p) + ss2d_scratch(p, lanes));
     return;
   }
   std::vector<float> memory(batch * between(p));
   p.projected = memory.data(), p.sum = p.projected + batch * p.length * p.columns;
-  const int64_t block_cost = kSs2dPositions * p.dim, blocks = batch * ss2d_position_blocks(p);
+  const int64_t parts = ceil_div(ceil_div(p.length, kSs2dPositions), torch::stable::get_num_threads());
+  p.block = ceil_div(p.length, parts * torch::stable::get_num_threads());
+  const int64_t block_cost = p.block * p.dim, blocks = batch * ss2d_position_blocks(p);
   parallel(KERNEL(ss2d_project), p, blocks, block_cost * p.columns / lanes, ss2d_scratch(p, lanes));
   parallel(KERNEL(ss2d_scan), p, batch * scan_blocks(p), scan_cost, ss2d_scratch(p, lanes));
   parallel(KERNEL(ss2d_normalize), p, blocks, block_cost, 0);

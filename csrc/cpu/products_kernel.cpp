@@ -106,31 +106,40 @@ static void sum_products(const Slab& s, const Columns<Numbers>& columns, int64_t
         });
       });
 
-  if (s.y.dtype == DType::kFloat32 && s.activation != Activation::kSilu && columns.outputs >= kSome * kLanes) {
+  if (s.y.dtype == DType::kFloat32 && s.activation != Activation::kSilu) {
     const Vec low = splat(s.activation == Activation::kRelu ? 0.0f : -__builtin_inff());
     float* y = static_cast<float*>(s.y.data) + first * s.y_step + columns.output;
-    if (!s.residual) {
+    const bool whole = columns.outputs >= kSome * kLanes;
+    if (whole && s.residual) {
+      const float* residual = static_cast<float*>(s.residual.data) + first * s.residual_step + columns.output;
       unrolled(positions, [&](auto i) ALWAYS_INLINE {
-        unrolled(vectors, [&](auto v) ALWAYS_INLINE { store(y + i * s.y_step + v * kLanes, at_least(sum[i][v], low)); });
+        unrolled(vectors, [&](auto v) ALWAYS_INLINE {
+          const Vec added = load(residual + i * s.residual_step + v * kLanes);
+          store(y + i * s.y_step + v * kLanes, at_least(sum[i][v], low) + added);
+        });
+      });
+      if (!s.more) return;
+      const float* more = static_cast<float*>(s.more.data) + first * s.more_step + columns.output;
+      unrolled(positions, [&](auto i) ALWAYS_INLINE {
+        unrolled(vectors, [&](auto v) ALWAYS_INLINE {
+          float* to = y + i * s.y_step + v * kLanes;
+          store(to, load(to) + load(more + i * s.more_step + v * kLanes));
+        });
       });
       return;
     }
-    const float* residual = static_cast<float*>(s.residual.data) + first * s.residual_step + columns.output;
-    unrolled(positions, [&](auto i) ALWAYS_INLINE {
-      unrolled(vectors, [&](auto v) ALWAYS_INLINE {
-        const Vec added = load(residual + i * s.residual_step + v * kLanes);
-        store(y + i * s.y_step + v * kLanes, at_least(sum[i][v], low) + added);
+    if (!s.residual && !s.more) {
+      unrolled(positions, [&](auto i) ALWAYS_INLINE {
+        unrolled(vectors, [&](auto v) ALWAYS_INLINE {
+          const int64_t left = columns.outputs - v * kLanes;
+          if (whole || left >= kLanes)
+            store(y + i * s.y_step + v * kLanes, at_least(sum[i][v], low));
+          else if (left > 0)
+            store_some(y + i * s.y_step + v * kLanes, at_least(sum[i][v], low), left);
+        });
       });
-    });
-    if (!s.more) return;
-    const float* more = static_cast<float*>(s.more.data) + first * s.more_step + columns.output;
-    unrolled(positions, [&](auto i) ALWAYS_INLINE {
-      unrolled(vectors, [&](auto v) ALWAYS_INLINE {
-        float* to = y + i * s.y_step + v * kLanes;
-        store(to, load(to) + load(more + i * s.more_step + v * kLanes));
-      });
-    });
-    return;
+      return;
+    }
   }
   float sums[kCount * kSome * kLanes];
   unrolled(positions, [&](auto i) ALWAYS_INLINE {

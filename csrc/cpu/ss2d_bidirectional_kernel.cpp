@@ -87,13 +87,13 @@ void ss2d_pack(const Ss2dPackParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Items: images × blocks of kSs2dPositions.
+// Items: images × blocks of positions.
 void ss2d_project(const Ss2dParams& p, int64_t begin, int64_t end) {
   const int64_t blocks = ss2d_position_blocks(p);
   const bool direct = p.x.channel == 1 && p.x.elements.dtype == DType::kFloat32;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = p.first_image + item / blocks, start = item % blocks * kSs2dPositions;
-    const int64_t count = p.length - start < kSs2dPositions ? p.length - start : kSs2dPositions;
+    const int64_t image = p.first_image + item / blocks, start = item % blocks * p.block;
+    const int64_t count = p.length - start < p.block ? p.length - start : p.block;
     const float* x = static_cast<const float*>(p.x.at(image, 0, start).data);
     if (!direct) {
       for (int64_t c = 0; c < p.dim; c += kLanes) {
@@ -120,12 +120,12 @@ void ss2d_scan(const Ss2dParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Items: images × blocks of kSs2dPositions.
+// Items: images × blocks of positions.
 void ss2d_normalize(const Ss2dParams& p, int64_t begin, int64_t end) {
   const int64_t blocks = ss2d_position_blocks(p);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = p.first_image + item / blocks, start = item % blocks * kSs2dPositions;
-    const int64_t count = p.length - start < kSs2dPositions ? p.length - start : kSs2dPositions;
+    const int64_t image = p.first_image + item / blocks, start = item % blocks * p.block;
+    const int64_t count = p.length - start < p.block ? p.length - start : p.block;
     const float* sum = p.sum + ((image - p.first_image) * p.length + start) * p.padded_dim;
     float means[kSs2dPositions], scales[kSs2dPositions];
     for (int64_t l = 0; l < count; ++l) {

@@ -12,7 +12,12 @@ namespace mobilemamba {
 constexpr int64_t kPackedLanes = 16, kPanelVectors = 3;
 
 inline int64_t packed_vectors(int64_t outputs) { return (outputs + kPackedLanes - 1) / kPackedLanes; }
-inline int64_t packed_panels(int64_t outputs) { return (packed_vectors(outputs) + kPanelVectors - 1) / kPanelVectors; }
+// As few as there can be, or one more where that makes them even in number, to divide, and leaves them wide.
+inline int64_t packed_panels(int64_t outputs) {
+  const int64_t vectors = packed_vectors(outputs), least = (vectors + kPanelVectors - 1) / kPanelVectors;
+  const int64_t even = least + least % 2;
+  return 5 * even <= 2 * vectors ? even : least;
+}
 // The output that a panel begins with; of the last but one, where they end.
 inline int64_t panel_begin(int64_t outputs, int64_t panel) {
   return packed_vectors(outputs) * panel / packed_panels(outputs) * kPackedLanes;

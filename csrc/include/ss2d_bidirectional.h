@@ -25,7 +25,7 @@ struct Ss2dParams {
   const float* A;        // (2, state, padded_dim), -exp(A_log)
   const float* D;        // (2, padded_dim)
   const float *norm_weight, *norm_bias;  // (padded_dim)
-  int64_t columns, padded_dim;
+  int64_t columns, padded_dim, block;
   float eps;
   // Between the phases, float32, of images first_image …:
   float* projected;  // (images, length, columns)
@@ -49,9 +49,9 @@ struct Ss2dPackParams {
 constexpr int64_t kSs2dPackTile = 64;
 inline int64_t ss2d_pack_scratch(int64_t lanes) { return kSs2dPackTile * lanes; }
 
-constexpr int64_t kSs2dPositions = 64;  // of an item of the first and the last phase
-
-inline int64_t ss2d_position_blocks(const Ss2dParams& p) { return (p.length + kSs2dPositions - 1) / kSs2dPositions; }
+// Positions of an item of the first and the last phase: `block`, at most kSs2dPositions.
+constexpr int64_t kSs2dPositions = 64;
+inline int64_t ss2d_position_blocks(const Ss2dParams& p) { return (p.length + p.block - 1) / p.block; }
 
 // Floats of one thread's scratch, enough for each phase.
 inline int64_t ss2d_scratch(const Ss2dParams& p, int64_t lanes) {

@@ -54,6 +54,8 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def _panels(vectors: int) -> list[tuple[int, int]]:
     """The first output of each panel, and that behind its last."""
     count = -(-vectors // _PANEL_VECTORS)
+    even = count + count % 2
+    count = even if 5 * even <= 2 * vectors else count
     bounds = [vectors * i // count * _LANES for i in range(count + 1)] if count else [0]
     return list(zip(bounds, bounds[1:], strict=False))
 

@@ -1,4 +1,4 @@
-"""The harness that every speed figure comes from: kernels and plain PyTorch in turn, in one process."""
+"""The harness that every speed figure comes from, and the operators' benchmark: kernels and plain PyTorch in turn."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 import gc
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,13 +18,9 @@ from typing import Any
 import torch
 
 import mobilemamba_kernels
-from mobilemamba.factory import create_model
-from mobilemamba.inference import fuse
-from mobilemamba.variants import find_variant
 from mobilemamba_kernels import _library, use_backend
 from mobilemamba_kernels.testing import Case, cases, map_tensors, tensors, traffic
 
-BATCHES = (1, 16)
 DIRECTIONS = ("forward", "backward")
 _SAMPLE_S = 5e-3  # what is faster is repeated within a sample
 
@@ -88,24 +82,6 @@ class OpResult:
     kernel: Timing
     plain: Timing
     gigabytes_per_s: float  # every argument and result moved once, over the kernel's median
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster than plain PyTorch."""
-        return self.plain.median / self.kernel.median
-
-
-@dataclass(frozen=True)
-class NetworkResult:
-    """The fused network at one batch size."""
-
-    model: str
-    batch: int
-    dtype: str
-    kernel: Timing
-    plain: Timing
-    kernel_peak_mib: float | None  # over the process at rest with its weights; None where it cannot be measured
-    plain_peak_mib: float | None
 
     @property
     def ratio(self) -> float:
@@ -180,60 +156,6 @@ def bench_op(case: Case, direction: str, dtype: torch.dtype = torch.float32, bud
     return OpResult(case.op, case.name, direction, str(dtype).removeprefix("torch."), kernel_time, plain_time, speed)
 
 
-def bench_network(
-    name: str, batch: int, dtype: torch.dtype = torch.float32, budget_s: float = 10.0, memory: bool = True
-) -> NetworkResult:
-    """Time a fused network on the kernels against the same network on plain PyTorch."""
-    kernel, plain = time_in_turn([prepare_network(name, batch, dtype, p) for p in (False, True)], budget_s)
-    dtype_name = str(dtype).removeprefix("torch.")
-    peaks = [_peak_in_new_process(name, batch, dtype_name, p) if memory else None for p in (False, True)]
-    return NetworkResult(name, batch, dtype_name, kernel, plain, peaks[0], peaks[1])
-
-
-def prepare_network(name: str, batch: int, dtype: torch.dtype, plain: bool) -> Callable[[], Any]:
-    """A forward pass of a fused network with random weights, ready to be timed."""
-    torch.manual_seed(0)
-    model = fuse(create_model(name)).to(dtype)
-    size = find_variant(name).image_size
-    x = torch.randn(batch, 3, size, size).to(dtype=dtype, memory_format=torch.channels_last)
-
-    def run() -> Any:
-        with use_backend("reference") if plain else contextlib.nullcontext(), torch.inference_mode():
-            return model(x)
-
-    return run
-
-
-def _peak_in_new_process(*arguments: str | int) -> float | None:
-    """Peak memory of some forward passes, MiB. A process of its own: an allocator gives nothing back."""
-    command = [sys.executable, "-m", "mobilemamba.bench", json.dumps(arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **_import_path()})
-    return json.loads(done.stdout)
-
-
-def _import_path() -> dict[str, str]:
-    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def _measure_peak(name: str, batch: int, dtype: str, plain: bool) -> float | None:
-    run = prepare_network(name, batch, getattr(torch, dtype), plain)
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (Linux)
-        resting = _status("VmRSS")
-        for _ in range(3):
-            run()
-        return (_status("VmHWM") - resting) / 1024
-    except OSError:
-        return None
-
-
-def _status(field: str) -> int:
-    """A field of this process's status in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def environment() -> dict[str, Any]:
     """What a figure depends on besides the code under test."""
     return {
@@ -270,12 +192,8 @@ def _commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def as_json(results: Sequence[OpResult | NetworkResult]) -> str:
+def as_json(results: Sequence[OpResult]) -> str:
     """Results and environment for machines; seconds a call."""
     return json.dumps(
         {"environment": environment(), "results": [asdict(r) | {"ratio": r.ratio} for r in results]}, indent=2
     )
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure_peak(*json.loads(sys.argv[1]))))

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 import mobilemamba
+from mobilemamba.bench_network import ENGINES
 from mobilemamba.variants import VARIANTS
 from mobilemamba_kernels import __version__
 from mobilemamba_kernels.testing import CASES
@@ -148,7 +150,7 @@ def _device(name: str) -> torch.device:
 
 @main.group()
 def bench() -> None:
-    """Time the kernels against plain PyTorch, in turn, in one process."""
+    """Time operators and networks against their peers, in turn, in one process."""
 
 
 @bench.command()
@@ -188,30 +190,116 @@ def ops(op: str | None, dtype: str, as_json: bool) -> None:
 
 @bench.command()
 @_model_option
-@_dtype_option
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, help="Images at once [default: 1 and 16].")
+@click.option("--threads", type=click.IntRange(1), multiple=True, help="Threads [default: 1, and all].")
+@click.option(
+    "--engine", "engines", type=click.Choice(list(ENGINES)), multiple=True, help="Only these [default: all that can run]."
+)
+@click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speeds into this file.")
+@click.option("--profile", is_flag=True, help="Instead: each operator and stage of ours against its own floor.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="For --profile.")
 @_json_option
-def network(model: str | None, dtype: str, as_json: bool) -> None:
-    """Time the fused network (S6 unless --model is given) at batch 1 and 16, and its peak memory."""
+def network(
+    model: str | None,
+    batches: tuple[int, ...],
+    threads: tuple[int, ...],
+    engines: tuple[str, ...],
+    chart: Path | None,
+    profile: bool,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Time networks against each other, taking turns: the optimized one (S6 unless --model is given) in float32 and
+    bfloat16, the same weights on plain PyTorch, compiled, and in OpenVINO, and EfficientViT, as far as installed.
+    """
     from mobilemamba import bench as harness
+    from mobilemamba import bench_network as networks
 
     with _sentences():
         harness.refuse_fallback()
-    name = model or "mobilemamba_s6"
-    results = [harness.bench_network(name, batch, DTYPES[dtype]) for batch in _with_progress(harness.BATCHES)]
-    if as_json:
-        click.echo(harness.as_json(results))
+        chosen = networks.available(engines)
+        if chart is not None and not chart.parent.is_dir():
+            raise ValueError(f"there is no folder {chart.parent} for the chart")
+    name, batches = model or "mobilemamba_s6", batches or networks.BATCHES
+    threads = threads or tuple(dict.fromkeys((torch.get_num_threads(), 1)))
+    if profile:
+        _profile(name, batches, threads[0], DTYPES[dtype], as_json)
         return
-    table = Table("model", caption=_caption(harness.environment()))
-    columns = ("batch", "kernels, ms", "p10–p90", "images/s", "plain PyTorch, ms", "p10–p90", "images/s", "ratio")
-    for column in (*columns, "peak memory, MiB", "plain"):
+    results = [
+        result
+        for count, batch in _with_progress([(t, b) for t in threads for b in batches])
+        for result in networks.bench_networks(name, batch, count, chosen)
+    ]
+    if chart is not None:
+        with _sentences():
+            networks.draw(results, chart)
+    if as_json:
+        click.echo(networks.as_json(results))
+        return
+    caption = _caption(harness.environment() | {"threads": " and ".join(map(str, threads))})
+    table = Table("network and engine", caption=caption + "; ceiling: the best matrix product in the engine's type")
+    for column in ("threads", "batch", "ms", "p10–p90", "images/s", "of the ceiling", "peak memory, MiB"):
         table.add_column(column, justify="right")
-    for r in results:
-        speeds = [f"{r.batch / t.median:.1f}" for t in (r.kernel, r.plain)]
-        peaks = ["–" if peak is None else f"{peak:.0f}" for peak in (r.kernel_peak_mib, r.plain_peak_mib)]
+    for i, r in enumerate(results):
         table.add_row(
-            r.model, str(r.batch), *_timing(r.kernel), speeds[0], *_timing(r.plain), speeds[1], _ratio(r.ratio), *peaks
+            f"{r.label}" if r.model != name else f"{name.removeprefix('mobilemamba_').upper()}, {r.label}",
+            str(r.threads),
+            str(r.batch),
+            *_timing(r.timing),
+            f"{r.images_per_s:.1f}",
+            "–" if r.share is None else f"{100 * r.share:.0f} %",
+            "–" if r.peak_mib is None else f"{r.peak_mib:.0f}",
         )
+        if i + 1 < len(results) and (results[i + 1].batch, results[i + 1].threads) != (r.batch, r.threads):
+            table.add_section()
     _stdout().print(table)
+
+
+def _profile(name: str, batches: tuple[int, ...], threads: int, dtype: torch.dtype, as_json: bool) -> None:
+    from mobilemamba import bench as harness
+    from mobilemamba import bench_network as networks
+    from mobilemamba.bottlenecks import find_bottlenecks
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ceilings = networks.matrix_ceiling(dtype), networks.matrix_ceiling(torch.float32)
+        model = mobilemamba.optimize_for_inference(networks.Setting(name, 1).network(), dtype)
+        found = {
+            batch: find_bottlenecks(model, networks.Setting(name, batch).images(), ceilings)
+            for batch in _with_progress(batches)
+        }
+    finally:
+        torch.set_num_threads(before)
+    environment = harness.environment() | {"threads": threads}
+    if as_json:
+        rows = [asdict(row) | {"batch": batch} for batch, (rows, _) in found.items() for row in rows]
+        wholes = [{"batch": batch, "seconds": whole} for batch, (_, whole) in found.items()]
+        click.echo(json.dumps({"environment": environment, "results": rows, "whole": wholes}, indent=2))
+        return
+    for batch, (rows, whole) in found.items():
+        title = f"{name}, batch {batch}, {str(dtype).removeprefix('torch.')}"
+        table = Table("stage", "operator", title=title, caption=_caption(environment))
+        for column in ("calls", "ms", "of the pass", "operations, ms", "bytes, ms", "floor / time"):
+            table.add_column(column, justify="right")
+        spent = sum(row.seconds for row in rows)
+        for row in rows:
+            table.add_row(
+                row.stage,
+                row.operator,
+                str(row.calls),
+                f"{1e3 * row.seconds:.3f}",
+                f"{100 * row.seconds / whole:.1f} %",
+                f"{1e3 * row.operations_s:.3f}",
+                f"{1e3 * row.bytes_s:.3f}",
+                f"{100 * row.floor / row.seconds:.0f} %",
+            )
+        floor = sum(row.floor for row in rows)
+        table.add_section()
+        table.add_row("all operators", "", str(sum(row.calls for row in rows)), f"{1e3 * spent:.3f}", "", "", "",
+                      f"{100 * floor / spent:.0f} %")  # fmt: skip
+        table.add_row("whole pass", "", "", f"{1e3 * whole:.3f}", "", "", "", f"{100 * floor / whole:.0f} %")
+        _stdout().print(table)
 
 
 @main.command()

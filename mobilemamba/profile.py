@@ -12,6 +12,7 @@ from mobilemamba.inference import Conv, Depthwise, FeedForward, FusedGlobalOp, F
 from mobilemamba.layers import SS2D, GlobalOp
 from mobilemamba.model import MobileMamba
 from mobilemamba.optimized import (
+    Classifier,
     DirectDepthwise,
     DirectScan,
     DirectWavelet,
@@ -38,7 +39,7 @@ def count_macs(model: MobileMamba, image_size: int | tuple[int, int]) -> int:
 
     def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
         nonlocal total
-        total += _MACS[type(module)](module, output.shape)
+        total += macs(module, output.shape)
 
     model = copy.deepcopy(model).eval()
     for module in model.modules():
@@ -50,6 +51,11 @@ def count_macs(model: MobileMamba, image_size: int | tuple[int, int]) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # shapes alone: nothing is computed
         model(torch.empty(1, model.in_chans, height, width, dtype=weight.dtype, device=weight.device))
     return total
+
+
+def macs(module: nn.Module, shape: torch.Size) -> int:
+    """Multiply-adds of a layer that gives one image a result of that shape; 0 of a layer without any."""
+    return _MACS[type(module)](module, shape) if type(module) in _MACS else 0
 
 
 def _keep_shape(x: Tensor, z: Tensor) -> Tensor:
@@ -66,6 +72,10 @@ def _wavelet(weight: Tensor, shape: torch.Size) -> int:
     return (weight.numel() + 2 * 4 * weight.shape[0]) * -(-shape[2] // 2) * -(-shape[3] // 2)
 
 
+def _packed(module: Any, shape: torch.Size) -> int:
+    return module.macs * shape[2:].numel()
+
+
 _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     nn.Conv2d: _at_each_position("weight"),
     nn.Linear: lambda module, shape: module.weight.numel(),
@@ -77,4 +87,12 @@ _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     SS2D: _at_each_position("x_proj_weight", "dt_projs_weight"),
     GlobalOp: lambda module, shape: sum(_wavelet(conv.weight, shape) for conv in module.wavelet_convs),
     FusedGlobalOp: lambda module, shape: _wavelet(module.weight, shape),
+    Classifier: lambda module, shape: module.macs,
+    PackedConv: _packed,
+    PackedPointwise: _packed,
+    PackedFeedForward: _packed,
+    PackedSqueezeExcite: lambda module, shape: module.macs,
+    DirectDepthwise: _at_each_position("weight"),
+    DirectScan: _packed,
+    DirectWavelet: lambda module, shape: _wavelet(module.weight, shape),
 }

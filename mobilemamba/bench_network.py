@@ -96,9 +96,8 @@ def _openvino(dtype: str, model: Callable[[Setting], Any], size: int | None, set
 
     x = setting.images(size).contiguous()
     with use_backend("reference"), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer
-        converted = openvino.convert_model(model(setting), example_input=x)
-    converted.reshape(list(x.shape))
+        warnings.simplefilter("ignore")  # EfficientViT caches its biases while it is exported
+        converted = openvino.convert_model(torch.export.export(model(setting), (x,)).run_decompositions())
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(converted, "CPU", settings | {"INFERENCE_PRECISION_HINT": dtype})
     request, array = compiled.create_infer_request(), x.numpy()
@@ -123,13 +122,13 @@ def _on_references(function: _Run) -> _Run:
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to run a network. ``module``: what has to be installed for it."""
+    """A way to run a network."""
 
     label: str
     build: Callable[[Setting], _Run]
-    module: str = ""
+    module: str = ""  # that has to be installed for it
     efficientvit: str = ""  # the network, where it is not ours
-    forks: bool = True  # whether a new process is ready to measure memory in reasonable time
+    forks: bool = True  # whether it is built quickly enough to measure its memory in a process of its own
 
     @property
     def missing(self) -> bool:
@@ -147,7 +146,10 @@ def _engines() -> dict[str, Engine]:
         "plain": Engine("plain PyTorch", _plain),
         "compile": Engine("plain PyTorch, compiled and frozen", _compiled, forks=False),
         "openvino": Engine(
-            "plain PyTorch in OpenVINO", partial(_openvino, "f32", lambda s: fuse(s.network()), None), "openvino"
+            "plain PyTorch in OpenVINO",
+            partial(_openvino, "f32", lambda s: fuse(s.network()), None),
+            "openvino",
+            forks=False,
         ),
     }
     for size in ("m2", "m4", "m5"):
@@ -221,9 +223,7 @@ def bench_networks(
         peak = _peak_in_new_process(name, model, batch) if memory and engine.forks else None
         speed = batch / timing.median
         results.append(
-            NetworkResult(
-                name, engine.label, engine.efficientvit or model, batch, threads, timing, speed, share, peak
-            )
+            NetworkResult(name, engine.label, engine.efficientvit or model, batch, threads, timing, speed, share, peak)
         )
     return results
 

@@ -24,6 +24,7 @@ import mobilemamba
 from mobilemamba.bench_network import ENGINES
 from mobilemamba.variants import VARIANTS
 from mobilemamba_kernels import __version__
+from mobilemamba_kernels.backends import forced_backend
 from mobilemamba_kernels.testing import CASES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,7 +101,7 @@ def predict(
     with _sentences():
         files = prediction.find_images(images)
         network, labels = _network(model, checkpoint, classes)
-        network = mobilemamba.fuse(network).to(_device(device), DTYPES[dtype])
+        network = _for_inference(network, _device(device), DTYPES[dtype])
     unreadable: list[Path] = []
     found: list[prediction.Prediction] = []
     stderr = Console(stderr=True)
@@ -138,6 +139,15 @@ def _network(
     if names is not None and len(names) != network.num_classes:
         raise ValueError(f"{classes} names {len(names)} classes, and the network has {network.num_classes}")
     return network, names or network.default_cfg["label_names"]
+
+
+def _for_inference(
+    network: mobilemamba.MobileMamba, device: torch.device, dtype: torch.dtype
+) -> mobilemamba.MobileMamba:
+    """Optimized where that can be, on a CPU in float32 and bfloat16; else fused."""
+    if device.type == "cpu" and dtype != torch.float16 and forced_backend() in (None, "cpu"):
+        return mobilemamba.optimize_for_inference(network, dtype)
+    return mobilemamba.fuse(network).to(device, dtype)
 
 
 def _device(name: str) -> torch.device:
@@ -193,7 +203,11 @@ def ops(op: str | None, dtype: str, as_json: bool) -> None:
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, help="Images at once [default: 1 and 16].")
 @click.option("--threads", type=click.IntRange(1), multiple=True, help="Threads [default: 1, and all].")
 @click.option(
-    "--engine", "engines", type=click.Choice(list(ENGINES)), multiple=True, help="Only these [default: all that can run]."
+    "--engine",
+    "engines",
+    type=click.Choice(list(ENGINES)),
+    multiple=True,
+    help="Only these [default: all installed].",
 )
 @click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speeds into this file.")
 @click.option("--profile", is_flag=True, help="Instead: each operator and stage of ours against its own floor.")
@@ -273,9 +287,9 @@ def _profile(name: str, batches: tuple[int, ...], threads: int, dtype: torch.dty
         torch.set_num_threads(before)
     environment = harness.environment() | {"threads": threads}
     if as_json:
-        rows = [asdict(row) | {"batch": batch} for batch, (rows, _) in found.items() for row in rows]
+        listed = [asdict(row) | {"batch": batch} for batch, (rows, _) in found.items() for row in rows]
         wholes = [{"batch": batch, "seconds": whole} for batch, (_, whole) in found.items()]
-        click.echo(json.dumps({"environment": environment, "results": rows, "whole": wholes}, indent=2))
+        click.echo(json.dumps({"environment": environment, "results": listed, "whole": wholes}, indent=2))
         return
     for batch, (rows, whole) in found.items():
         title = f"{name}, batch {batch}, {str(dtype).removeprefix('torch.')}"

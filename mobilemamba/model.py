@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mobilemamba.layers import MRFFI, Block, ConvBN, GlobalOp, Head, LocalGroups, LocalOp, PatchMerging, depthwise_pair
 from mobilemamba.variants import Options
+from mobilemamba_kernels.backends import forced_backend
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -159,8 +160,8 @@ class MobileMamba(nn.Module):
             raise ValueError(
                 f"images must be (batch, {self.in_chans}, height, width) with no side of 0, but are {tuple(x.shape)}"
             )
-        if self.optimized and x.is_floating_point():
-            x = x.to(torch.float32, memory_format=torch.channels_last)
+        if self.optimized:
+            return self.patch_embed(_for_optimized(x))
         if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
             raise TypeError(
                 f"images must be {weight.dtype}, as the network's weights are, but are {x.dtype}: convert them"
@@ -226,6 +227,18 @@ def default_config(
         "first_conv": "patch_embed.0.c",
         "classifier": ("head.l", "head_dist.l") if distillation else "head.l",
     }
+
+
+def _for_optimized(x: Tensor) -> Tensor:
+    """Images as an optimized network takes them."""
+    if forced_backend() not in (None, "cpu"):
+        raise RuntimeError(
+            f'an optimized network runs the CPU kernels, but backend "{forced_backend()}" is forced: '
+            "use the network that it was made from"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floating point, but are {x.dtype}: convert them")
+    return x.to(torch.float32, memory_format=torch.channels_last)
 
 
 def _blocks(options: Options, stage: int, rates: Iterator[float]) -> Iterator[Block]:

@@ -55,7 +55,9 @@ def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float3
         raise ValueError("the network is optimized already: optimize the one that it was made from")
     device = next(model.parameters()).device
     if device.type != "cpu":
-        raise ValueError(f"the network must be on the CPU to be optimized for it, but is on {device}: move a copy there")
+        raise ValueError(
+            f"the network must be on the CPU to be optimized for it, but is on {device}: move a copy there"
+        )
     model = fuse(model).float()
     _optimized(model, dtype)
     if isinstance(model.head, nn.Linear):

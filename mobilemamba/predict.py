@@ -105,18 +105,20 @@ def predict(
     """Classify image files; while the network works on a batch, threads decode the next ones.
 
     Args:
-        model: a :class:`mobilemamba.MobileMamba` in eval mode, best fused; its ``default_cfg`` says how to prepare.
+        model: a :class:`mobilemamba.MobileMamba` in eval mode, best optimized or fused; its ``default_cfg`` says how to
+            prepare images.
         images: files.
         top_k: classes an image, at most those that there are.
         batch_size: images at once.
         unreadable: called with each file that cannot be read, and why; without it the error is raised.
     """
     weight = next(model.parameters())
+    dtype = torch.float32 if getattr(model, "optimized", False) else weight.dtype
     cfg: Any = model.default_cfg
     batch: list[tuple[Path, np.ndarray]] = []
 
     def run() -> Iterator[Prediction]:
-        x = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(weight.device, weight.dtype)
+        x = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(weight.device, dtype)
         with torch.inference_mode():
             logits = model(x.contiguous(memory_format=torch.channels_last))
         best = logits.float().softmax(1).topk(min(top_k, logits.shape[1]))

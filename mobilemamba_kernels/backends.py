@@ -47,6 +47,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def forced_backend() -> str | None:
+    """The backend that is forced, by :func:`use_backend` or the environment; None where the operators choose."""
+    return _forced
+
+
 def choose(op: str, *tensors: Tensor | None) -> str:
     """Return the backend that runs ``op`` on ``tensors``; the first one's device decides.
 

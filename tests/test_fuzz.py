@@ -44,9 +44,7 @@ def convolution(draw: st.DrawFn, op: str) -> Case:
         return BUILDERS[op](draw(batch), draw(channels), height, width, k, has=draw(flags("br")), **common)
     form = draw(packed)
     bias = form is not None or draw(st.booleans())
-    return BUILDERS[op](
-        draw(batch), draw(channels), draw(channels), height, width, k, bias=bias, packed=form, **common
-    )
+    return BUILDERS[op](draw(batch), draw(channels), draw(channels), height, width, k, bias=bias, packed=form, **common)
 
 
 @st.composite

@@ -49,7 +49,8 @@ Tensor conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, i
                           std::string activation) {
   Conv2dActParams p{};
   p.x = map_of(x);
-  STD_TORCH_CHECK(weight.dim() == 4 || weight.dim() == 3, "mobilemamba: weight must have four dimensions, or be packed");
+  STD_TORCH_CHECK(weight.dim() == 4 || weight.dim() == 3,
+                  "mobilemamba: weight must have four dimensions, or be packed");
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.filters = outputs_of(weight, bias), p.stride = stride, p.padding = padding;
   if (weight.dim() == 4) {

@@ -72,11 +72,12 @@ PyObject* set_cpu_capability(PyObject*, PyObject* argument) {
   return Py_BuildValue("");
 }
 
-PyMethodDef methods[] = {
-    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: default, avx2, avx512, avx512_bf16 or amx."},
-    {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets that can be used here, in the order of their speed."},
-    {"set_cpu_capability", set_cpu_capability, METH_O, "Use another instruction set; for tests."},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {{"cpu_capability", cpu_capability, METH_NOARGS,
+                          "The instruction set in use: default, avx2, avx512, avx512_bf16 or amx."},
+                         {"cpu_capabilities", cpu_capabilities, METH_NOARGS,
+                          "The instruction sets that can be used here, in the order of their speed."},
+                         {"set_cpu_capability", set_cpu_capability, METH_O, "Use another instruction set; for tests."},
+                         {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -24,13 +24,14 @@ inline int64_t outputs_of(const Tensor& weight, const std::optional<Tensor>& bia
   return bias->size(0);
 }
 
-// Whether x and weight are multiplied in bfloat16: where the weight has it; and where x has it, the weight is not packed
-// as something else, and the processor has the instructions, without which a weight of float32 loses nothing.
+// Whether x and weight are multiplied in bfloat16: where the weight has it; and where x has it, the weight is not
+// packed as something else, and the processor has the instructions, without which a weight of float32 loses nothing.
 inline bool in_bfloat16(const Tensor& x, const Tensor& weight) {
   return weight.scalar_type() == ScalarType::BFloat16 ||
          (x.scalar_type() == ScalarType::BFloat16 && weight.dim() != 3 && capability() >= Capability::kAvx512Bf16);
 }
-// Matrix instructions are the vendor's business. Its convolutions round their results, which suits maps of bfloat16 only.
+// Matrix instructions are the vendor's business. Its convolutions round their results, which suits maps of bfloat16
+// only.
 inline bool vendor_multiplies(const Tensor& x, const Tensor& weight) {
   return capability() == Capability::kAmx && in_bfloat16(x, weight) && weight.dim() != 3;
 }
@@ -126,8 +127,7 @@ inline void run(const Product& product, int64_t positions) {
   const PackedWeight& w = product.weight;
   if (w.outputs == 0) return;
   const int64_t blocks = blocks_of(positions, block_of(w.depth));
-  const int64_t groups =
-      std::clamp<int64_t>(torch::stable::get_num_threads() / blocks, 1, packed_panels(w.outputs));
+  const int64_t groups = std::clamp<int64_t>(torch::stable::get_num_threads() / blocks, 1, packed_panels(w.outputs));
   const PointwiseConv2dActParams p{product, positions, blocks, groups, nullptr};
   const int64_t block = ceil_div(positions, blocks);
   parallel(KERNEL(pointwise_conv2d_act), p, blocks * groups,

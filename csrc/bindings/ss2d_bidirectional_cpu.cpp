@@ -100,8 +100,8 @@ Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_
   const auto add = [&](const Tensor& t, int64_t planes, int64_t count) {
     float* to = take(planes * count * p.padded_dim);
     const int64_t channel = planes == 2 ? 1 : 0;
-    *parameter++ = {elements(t), planes, channel ? t.stride(0) : 0, t.stride(channel), count,
-                    t.dim() == 3 ? t.stride(2) : 0, to};
+    *parameter++ = {
+        elements(t), planes, channel ? t.stride(0) : 0, t.stride(channel), count, t.dim() == 3 ? t.stride(2) : 0, to};
     return to;
   };
   p.A = add(A_log, 2, p.state), p.dt_proj = add(dt_proj, 2, p.rank), p.dt_bias = add(dt_bias, 2, 1), p.D = add(D, 2, 1);

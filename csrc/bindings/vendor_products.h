@@ -1,5 +1,5 @@
-// Products of positions and weights in bfloat16 by the vendor's library, through PyTorch, in slabs whose results stay in
-// cache until our own pass over them has run: for processors with matrix instructions.
+// Products of positions and weights in bfloat16 by the vendor's library, through PyTorch, in slabs whose results stay
+// in cache until our own pass over them has run: for processors with matrix instructions.
 #pragma once
 
 #include <array>
@@ -63,7 +63,7 @@ struct Positions {
   void pass(const Part& y, const Part& x, int64_t channels, int64_t first, int64_t positions, Activation activation,
             const std::optional<Tensor>& bias = std::nullopt, const Map& residual = {}) const {
     VendorPassParams p{channels, height, width,  first,          activation,      x.map,  residual,
-                               y.map,    x.skip, y.skip, elements(bias), stride(bias, 0), nullptr};
+                       y.map,    x.skip, y.skip, elements(bias), stride(bias, 0), nullptr};
     parallel(KERNEL(vendor_pass), p, positions, channels, vendor_pass_scratch(p, vector_lanes()));
   }
 

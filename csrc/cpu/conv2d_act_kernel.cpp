@@ -1,8 +1,8 @@
 // Dense convolution, as a matrix product.
 //
-// An item is a band of output rows. Its rows of the image come first into scratch, channels innermost, with their border
-// of zeros: what is under a filter is then k runs of k · C numbers, and the sum over them needs no case of its own at
-// the edges. A panel of filters' weights is met by all positions of the band before the next panel's.
+// An item is a band of output rows. Its rows of the image come first into scratch, channels innermost, with their
+// border of zeros: what is under a filter is then k runs of k · C numbers, and the sum over them needs no case of its
+// own at the edges. A panel of filters' weights is met by all positions of the band before the next panel's.
 #include "cpu/products.h"
 #include "include/capability.h"
 #include "include/conv2d_act.h"
@@ -51,7 +51,8 @@ void conv2d_act(const Conv2dActParams& p, int64_t begin, int64_t end) {
   float* tile = p.scratch + conv2d_padded_rows(p) * size;
   float* sums = tile + (p.width + p.out_width) * kLanes;
   const bool in_place = p.y.channel == 1 && p.y.elements.dtype != DType::kFloat16;
-  Slab slab{p.weight, p.bias, p.activation, nullptr, p.stride * p.channels, p.k, size, p.out_width, {}, 0, {}, {}, 0, 0};
+  Slab slab{p.weight, p.bias, p.activation, nullptr, p.stride * p.channels, p.k, size, p.out_width, {}, 0, {}, {},
+            0,        0};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / bands, top = item % bands * p.rows, first = top * p.stride - p.padding;
     const int64_t bottom = top + p.rows < p.out_height ? top + p.rows : p.out_height;
@@ -69,8 +70,8 @@ void conv2d_act(const Conv2dActParams& p, int64_t begin, int64_t end) {
         multiply(slab, panel, panel + 1);
         for (int64_t c = from; !in_place && c < to && c < p.filters; c += kLanes) {
           for (int64_t x = 0; x < p.out_width; ++x) store(tile + x * kLanes, load(sums + x * kStep + c - from));
-          store_tile(tile, p.y.at(b, c, y, 0), p.y.channel, p.y.column,
-                     p.filters - c < kLanes ? p.filters - c : kLanes, p.out_width);
+          store_tile(tile, p.y.at(b, c, y, 0), p.y.channel, p.y.column, p.filters - c < kLanes ? p.filters - c : kLanes,
+                     p.out_width);
         }
       }
     }

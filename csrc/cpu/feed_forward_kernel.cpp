@@ -17,8 +17,8 @@ void feed_forward(const FeedForwardParams& p, int64_t begin, int64_t end) {
     float* memory = x + product_input(p.first, count);
     const Input in = read_input(p.first, first, count, x, memory);
     const DType type = w2.bfloat16 ? DType::kBFloat16 : DType::kFloat32;
-    const Slab slab{w1, p.first.bias,    p.first.activation, in.data, in.step, 1, 0,
-                    count, {hidden, type}, step, {}, {}, 0, 0};
+    const Slab slab{
+        w1, p.first.bias, p.first.activation, in.data, in.step, 1, 0, count, {hidden, type}, step, {}, {}, 0, 0};
     multiply(slab, 0, packed_panels(w1.outputs));
     if (step > w2.depth)
       for (int64_t i = 0; i < count; ++i) reinterpret_cast<BFloat16*>(hidden)[i * step + w2.depth] = {};

@@ -9,7 +9,6 @@
 #include "cpu/tile.h"
 #include "include/haar.h"
 
-
 BEGIN_KERNELS
 namespace {
 

@@ -34,8 +34,7 @@ void squeeze(const SqueezeExciteParams& p, int64_t begin, int64_t end) {
   each_block(p, begin, end, [&](int64_t image, int64_t channel, int64_t channels) {
     Vec total{};
     each_part(p, [&](int64_t y, int64_t x, int64_t count) {  // sums of parts first: their rounding errors stay small
-      const Rows rows =
-          load_rows(p.scratch, p.x.at(image, channel, y, x), p.x.channel, p.x.column, channels, count);
+      const Rows rows = load_rows(p.scratch, p.x.at(image, channel, y, x), p.x.channel, p.x.column, channels, count);
       Vec sum{};
       for (int64_t i = 0; i < count; ++i) sum += rows.get(i);
       total += sum;

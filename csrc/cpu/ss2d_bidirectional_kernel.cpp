@@ -104,8 +104,20 @@ void ss2d_project(const Ss2dParams& p, int64_t begin, int64_t end) {
       x = p.scratch;
     }
     float* projected = p.projected + ((image - p.first_image) * p.length + start) * p.columns;
-    const Slab slab{p.x_proj, p.zeros, Activation::kNone, x, direct ? p.x.position : p.padded_dim,
-                    1, 0, count, {projected, DType::kFloat32}, p.columns, {}, {}, 0, 0};
+    const Slab slab{p.x_proj,
+                    p.zeros,
+                    Activation::kNone,
+                    x,
+                    direct ? p.x.position : p.padded_dim,
+                    1,
+                    0,
+                    count,
+                    {projected, DType::kFloat32},
+                    p.columns,
+                    {},
+                    {},
+                    0,
+                    0};
     multiply(slab, 0, packed_panels(p.columns));
   }
 }

@@ -12,8 +12,8 @@ struct Conv2dActParams {
   Map x, y;
   PackedWeight weight;  // of depth (k, k, channels); bfloat16 only where a run of k · channels holds whole pairs
   const float* bias;    // (filters), padded to a multiple of kPackedLanes
-  int64_t rows;    // output rows of an item
-  float* scratch;  // conv2d_scratch floats
+  int64_t rows;         // output rows of an item
+  float* scratch;       // conv2d_scratch floats
 };
 
 // An item is a band of `rows` output rows of an image.

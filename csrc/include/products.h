@@ -41,7 +41,8 @@ struct ProductInput {
 };
 
 struct Product {
-  int64_t height, width;  // positions are (batch, height, width), whose maps have no dimension of size 1 that splits them
+  int64_t height,
+      width;  // positions are (batch, height, width), whose maps have no dimension of size 1 that splits them
   ProductInput x[kMostInputs];
   Map residual, more, y;  // residual and more, which are added, may be absent
   Activation input_activation, activation;

@@ -20,10 +20,10 @@ struct Ss2dParams {
   PackedWeight x_proj;  // (columns, dim): for direction k rows k (rank + 2 state) …: dt_low, B, C; padded with zeros
   const float* zeros;   // (columns)
   // Packed by ss2d_pack, float32, channels padded with zeros to a multiple of kPackedLanes (padded_dim):
-  const float* dt_proj;  // (2, rank, padded_dim)
-  const float* dt_bias;  // (2, padded_dim)
-  const float* A;        // (2, state, padded_dim), -exp(A_log)
-  const float* D;        // (2, padded_dim)
+  const float* dt_proj;                  // (2, rank, padded_dim)
+  const float* dt_bias;                  // (2, padded_dim)
+  const float* A;                        // (2, state, padded_dim), -exp(A_log)
+  const float* D;                        // (2, padded_dim)
   const float *norm_weight, *norm_bias;  // (padded_dim)
   int64_t columns, padded_dim, block;
   float eps;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,10 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         dtype: float32 or bfloat16. With a bfloat16 weight the input is rounded to bfloat16 too; sums stay float32.
 
     Returns:
-        A tensor of three dimensions whose order is the kernels' business: panels of up to 48 outputs, outputs innermost,
-        padded with zeros to a multiple of 16; in bfloat16, pairs of the depth within the outputs. Where products of
-        bfloat16 are the vendor library's (AMX), ``weight`` (O, C) itself in that type; where a row of filters is no
-        whole number of pairs (k · C odd), packed in float32.
+        A tensor of three dimensions whose order is the kernels' business: panels of up to 48 outputs, outputs
+        innermost, padded with zeros to a multiple of 16; in bfloat16, pairs of the depth within the outputs. Where
+        products of bfloat16 are the vendor library's (AMX), ``weight`` (O, C) itself in that type; where a row of
+        filters is no whole number of pairs (k · C odd), packed in float32.
 
     Raises:
         TypeError: ``weight`` is no real floating-point tensor, or ``dtype`` is another.
@@ -38,17 +40,22 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise ValueError(f"pack_weight: weight must have shape (O, C) or (O, C, k, k); got {tuple(weight.shape)}")
     if weight.ndim == 4 and weight.shape[1] * weight.shape[3] % 2:
         dtype = torch.float32
-    elif weight.ndim == 2 and dtype == torch.bfloat16 and _library.COMPILED_ERROR is None:
-        if _library.cpu_capability() == "amx":
-            return weight.to(dtype)
+    elif weight.ndim == 2 and dtype == torch.bfloat16 and _vendor_multiplies():
+        return weight.to(dtype)
     together = 2 if dtype == torch.bfloat16 else 1
     matrix = weight.to(dtype) if weight.ndim == 2 else weight.to(dtype).permute(0, 2, 3, 1).flatten(1)
     outputs, depth = matrix.shape
     vectors, steps = -(-outputs // _LANES), -(-depth // together)
     padded = matrix.new_zeros(vectors * _LANES, steps * together)
     padded[:outputs, :depth] = matrix
-    panels = [padded[begin:end].unflatten(1, (steps, together)).transpose(0, 1).flatten() for begin, end in _panels(vectors)]
+    panels = [
+        padded[begin:end].unflatten(1, (steps, together)).transpose(0, 1).flatten() for begin, end in _panels(vectors)
+    ]
     return torch.cat([*panels, padded.new_empty(0)]).view(vectors, steps, _LANES * together)
+
+
+def _vendor_multiplies() -> bool:
+    return _library.COMPILED_ERROR is None and _library.cpu_capability() == "amx"
 
 
 def _panels(vectors: int) -> list[tuple[int, int]]:
@@ -57,7 +64,7 @@ def _panels(vectors: int) -> list[tuple[int, int]]:
     even = count + count % 2
     count = even if 5 * even <= 2 * vectors else count
     bounds = [vectors * i // count * _LANES for i in range(count + 1)] if count else [0]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 def unpack_weight(weight: Tensor, outputs: int, channels: int, k: int | None = None) -> Tensor:

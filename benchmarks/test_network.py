@@ -1,13 +1,12 @@
-"""The fused S6: on the kernels and on plain PyTorch."""
+"""S6 optimized, and on plain PyTorch."""
 
 import pytest
-import torch
 
-from mobilemamba import bench
+from mobilemamba.bench_network import BATCHES, ENGINES, Setting
 
 
-@pytest.mark.parametrize("runs", ["kernels", "plain"])
-@pytest.mark.parametrize("batch", bench.BATCHES)
-def test_network(benchmark, batch, runs):
+@pytest.mark.parametrize("engine", ["float32", "bfloat16", "plain"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_network(benchmark, batch, engine):
     benchmark.group = f"mobilemamba_s6, batch {batch}"
-    benchmark(bench.prepare_network("mobilemamba_s6", batch, torch.float32, plain=runs == "plain"))
+    benchmark(ENGINES[engine].build(Setting("mobilemamba_s6", batch)))

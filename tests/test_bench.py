@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
-from mobilemamba import bench, cli
+import mobilemamba
+from mobilemamba import bench, bench_network, bottlenecks, cli, optimized
 from mobilemamba_kernels import _library, use_backend
 from mobilemamba_kernels.testing import CASES, Case, cases
 
@@ -19,7 +21,6 @@ def small(monkeypatch):
     chosen = [cases("bidirectional_selective_scan")[1], cases("haar_dwt2d")[1]]
     monkeypatch.setattr(bench, "cases", lambda op, benchmark: [c for c in chosen if op in (None, c.op)])
     monkeypatch.setattr(bench, "time_in_turn", time_briefly(bench.time_in_turn))
-    monkeypatch.setattr(bench, "BATCHES", (1,))
 
 
 def time_briefly(function):
@@ -70,28 +71,71 @@ def test_operators_as_a_table(small):
 
 
 @needs_kernels
-def test_network_with_peak_memory(small):
-    result = CliRunner().invoke(cli.main, ["bench", "network", "--model", "mobilemamba_t2", "--json"])
+def test_networks_with_peak_memory(small):
+    command = ["bench", "network", "--model", "mobilemamba_t2", "--batch", "2", "--threads", "1", "--json"]
+    engines = ["float32", "bfloat16", "plain"]
+    result = CliRunner().invoke(cli.main, [*command, *(f"--engine={name}" for name in engines)])
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)["results"]
-    assert row["model"] == "mobilemamba_t2"
-    assert row["batch"] == 1
-    for peak in (row["kernel_peak_mib"], row["plain_peak_mib"]):
-        assert peak is None or 0 < peak < 4096
+    rows = json.loads(result.stdout)["results"]
+    assert [row["engine"] for row in rows] == engines
+    for row in rows:
+        assert (row["model"], row["batch"], row["threads"]) == ("mobilemamba_t2", 2, 1)
+        assert row["images_per_s"] == pytest.approx(2 / row["timing"]["median"])
+        assert 0 < row["share"] < 1.5
+        assert row["peak_mib"] is None or 0 < row["peak_mib"] < 4096
+
+
+def result_of(engine: str, batch: int, threads: int, milliseconds: float) -> bench_network.NetworkResult:
+    label = bench_network.ENGINES[engine].label
+    timing = bench.Timing(milliseconds / 1e3, 0.9 * milliseconds / 1e3, 1.1 * milliseconds / 1e3, 7)
+    speed = batch / timing.median
+    return bench_network.NetworkResult(engine, label, "mobilemamba_s6", batch, threads, timing, speed, None, None)
 
 
 @needs_kernels
-def test_network_as_a_table(monkeypatch):
-    timing = bench.Timing(0.5, 0.4, 0.6, 7)
+def test_networks_as_a_table_and_a_chart(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        bench,
-        "bench_network",
-        lambda name, b, dtype: bench.NetworkResult(name, b, "float32", timing, timing, 1.0, None),
+        bench_network,
+        "bench_networks",
+        lambda name, batch, threads, engines: [result_of(engine, batch, threads, 500.0) for engine in engines],
     )
-    result = CliRunner().invoke(cli.main, ["bench", "network"])
+    chart = tmp_path / "speeds.png"
+    result = CliRunner().invoke(cli.main, ["bench", "network", "--threads", "1", "--chart", str(chart)])
     assert result.exit_code == 0, result.output
-    for text in ("mobilemamba_s6", "500.000", "400.000–600.000", "32.0", "1.00×", "–"):
+    for text in ("S6, ours, bfloat16", "500.000", "450.000–550.000", "32.0", "–"):
         assert text in result.output
+    with Image.open(chart) as image:
+        assert image.width > 800
+    result = CliRunner().invoke(cli.main, ["bench", "network", "--chart", str(tmp_path / "none" / "speeds.png")])
+    assert result.exit_code == 1
+    assert "there is no folder" in result.stderr
+
+
+@needs_kernels
+def test_an_engine_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(bench_network.importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(cli.main, ["bench", "network", "--engine", "efficientvit_m5"])
+    assert result.exit_code == 1
+    assert "the engine efficientvit_m5 needs timm, which is not installed: pip install timm" in result.stderr
+    assert bench_network.available() == ["float32", "bfloat16", "plain", "compile"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_profile(small, dtype):
+    command = ["bench", "network", "--profile", "--model", "mobilemamba_t2", "--batch", "1", "--dtype", dtype]
+    result = CliRunner().invoke(cli.main, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    rows, model = report["results"], mobilemamba.create_model("mobilemamba_t2")
+    calls = sum(row["calls"] for row in rows)
+    leaves = mobilemamba.optimize_for_inference(model).modules()
+    assert calls == sum(type(m) in (*bottlenecks.OPERATORS, optimized.Classifier) for m in leaves)
+    assert {row["stage"] for row in rows} == {"stem", "stage 1", "stage 2", "stage 3", "head"}
+    assert all(row["seconds"] > 0 and row["operations_s"] > 0 and row["bytes_s"] > 0 for row in rows)
+    assert report["whole"][0]["seconds"] > 0
+    if dtype == "float32":
+        assert "whole pass" in CliRunner().invoke(cli.main, command).output
 
 
 def test_fallback_is_not_timed(monkeypatch):

@@ -16,9 +16,9 @@ needs_kernels = pytest.mark.skipif(bool(_library.COMPILED_ERROR), reason="needs 
 
 
 def arguments(op: str) -> dict:
-    """Of a case with every optional argument."""
+    """Of a case with every optional argument, all of them plain tensors."""
     case = max(
-        (c for c in cases(op, benchmark=False) if "levels" not in c.name),
+        (c for c in cases(op, benchmark=False) if not any(word in c.name for word in ("levels", "maps", "packed"))),
         key=lambda c: (len(c.arguments), min(c.arguments[next(iter(c.arguments))].shape)),  # type: ignore[union-attr]
     )
     return case.make()
@@ -84,6 +84,7 @@ def test_environment_variable(value, expected):
 
 
 SCANS = ["selective_scan_fn", "bidirectional_selective_scan"]
+PACKED = mobilemamba_kernels.pack_weight(torch.ones(3, 5))
 WRONG = [
     *[(op, {"u": torch.ones(3)}, ValueError, "u must have shape") for op in SCANS],
     *[(op, {"u": [1.0]}, TypeError, "u must be a tensor; got list") for op in SCANS],
@@ -119,7 +120,43 @@ WRONG = [
     ("pointwise_conv2d_act", {"residual": torch.ones(1, 1, 1, 1)}, ValueError, "residual must have shape"),
     ("feed_forward", {"w2": torch.ones(3, 3)}, ValueError, "w2 must have shape"),
     ("feed_forward", {"x": torch.ones(2, 3)}, ValueError, "x must have shape"),
+    ("feed_forward", {"residual": torch.ones(1, 1, 1, 1)}, ValueError, "residual must have shape"),
+    ("feed_forward", {"w1": PACKED, "w2": PACKED}, ValueError, "w1 must be what pack_weight made of"),
+    ("feed_forward", {"w2": PACKED}, ValueError, "w1 and w2 must both be packed, or neither"),
+    ("pointwise_conv2d_act", {"weight": PACKED, "bias": None}, ValueError, "weight is packed, so bias must be given"),
+    ("pointwise_conv2d_act", {"weight": PACKED, "bias": torch.ones(99)}, ValueError, "made of 99 outputs"),
+    ("pointwise_conv2d_act", {"x": [torch.ones(1, 1, 1, 1)] * 4}, ValueError, "x must be one to three maps; got 4"),
+    (
+        "pointwise_conv2d_act",
+        {"x": [torch.ones(1, 3, 2, 2), torch.ones(1, 2, 2, 2, dtype=torch.bfloat16)]},
+        TypeError,
+        r"x\[1\] must have the dtype of x\[0\]",
+    ),
+    (
+        "pointwise_conv2d_act",
+        {"x": [torch.ones(1, 3, 2, 2), torch.ones(1, 2, 2, 3)]},
+        ValueError,
+        r"x\[1\] must have shape",
+    ),
+    (
+        "pointwise_conv2d_act",
+        {"x": torch.ones(1, 5, 2, 2), "weight": PACKED.bfloat16(), "bias": torch.ones(3), "residual": None},
+        TypeError,
+        "was packed as torch.float32 and is now torch.bfloat16",
+    ),
+    ("squeeze_excite", {"w2": torch.ones(3, 3)}, ValueError, "w2 must have shape"),
+    ("squeeze_excite", {"x": torch.ones(1, 37, 0, 2)}, ValueError, "must have positions"),
 ]
+
+
+def test_pack_weight_refuses_in_a_sentence():
+    pack = mobilemamba_kernels.pack_weight
+    with pytest.raises(TypeError, match=r"pack_weight: dtype must be float32 or bfloat16; got torch.float16"):
+        pack(torch.ones(2, 2), torch.float16)
+    with pytest.raises(ValueError, match=r"pack_weight: weight must have shape"):
+        pack(torch.ones(2))
+    with pytest.raises(TypeError, match=r"pack_weight: weight must be"):
+        pack(torch.ones(2, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -121,7 +121,7 @@ WRONG = [
     ("feed_forward", {"w2": torch.ones(3, 3)}, ValueError, "w2 must have shape"),
     ("feed_forward", {"x": torch.ones(2, 3)}, ValueError, "x must have shape"),
     ("feed_forward", {"residual": torch.ones(1, 1, 1, 1)}, ValueError, "residual must have shape"),
-    ("feed_forward", {"w1": PACKED, "w2": PACKED}, ValueError, "w1 must be what pack_weight made of"),
+    ("feed_forward", {"w1": PACKED, "w2": PACKED}, ValueError, "w2 must be what pack_weight made of 5"),
     ("feed_forward", {"w2": PACKED}, ValueError, "w1 and w2 must both be packed, or neither"),
     ("pointwise_conv2d_act", {"weight": PACKED, "bias": None}, ValueError, "weight is packed, so bias must be given"),
     ("pointwise_conv2d_act", {"weight": PACKED, "bias": torch.ones(99)}, ValueError, "made of 99 outputs"),

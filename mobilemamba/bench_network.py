@@ -13,8 +13,9 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,17 @@ class Engine:
     forks: bool = True  # whether it is built quickly enough to measure its memory in a process of its own
 
     @property
+    def needs(self) -> list[str]:
+        """What has to be installed for it."""
+        return [name for name in (self.module, "timm" if self.efficientvit else "") if name]
+
+    @property
     def missing(self) -> bool:
         """Whether it cannot run here."""
-        names = [self.module, "timm" if self.efficientvit else ""]
-        return any(name and importlib.util.find_spec(name) is None for name in names)
+        return any(importlib.util.find_spec(name) is None for name in self.needs)
 
 
 def _engines() -> dict[str, Engine]:
-    from functools import partial
-
     engines = {
         "float32": Engine("ours, float32", partial(_ours, torch.float32)),
         "bfloat16": Engine("ours, bfloat16", partial(_ours, torch.bfloat16)),
@@ -192,8 +195,10 @@ def available(names: Sequence[str] = ()) -> list[str]:
     for name in names:
         engine = ENGINES[name]
         if engine.missing:
-            needed = " and ".join(filter(None, [engine.module, "timm" if engine.efficientvit else ""]))
-            raise RuntimeError(f"the engine {name} needs {needed}, which is not installed: pip install {needed}")
+            needed = " and ".join(engine.needs)
+            raise RuntimeError(
+                f"the engine {name} needs {needed}, which is not installed: pip install {' '.join(engine.needs)}"
+            )
     return list(names) or [name for name, engine in ENGINES.items() if not engine.missing]
 
 
@@ -314,14 +319,7 @@ def draw(results: Sequence[NetworkResult], path: Path) -> None:
     plt.close(figure)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """OpenVINO and timm write to standard output, which here carries the figure."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
 if __name__ == "__main__":
-    with _quiet():
+    with contextlib.redirect_stdout(sys.stderr):  # OpenVINO and timm write there, where the figure goes
         measured = _measure_peak(*json.loads(sys.argv[1]))
     print(json.dumps(measured))

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from mobilemamba import bench
 from mobilemamba.model import MobileMamba
 from mobilemamba.optimized import (
+    Classifier,
     DirectDepthwise,
     DirectScan,
     DirectWavelet,
@@ -29,6 +30,7 @@ from mobilemamba.profile import macs
 OPERATORS: dict[type[nn.Module], str] = {
     PackedConv: "conv2d_act",
     PackedPointwise: "pointwise_conv2d_act",
+    Classifier: "pointwise_conv2d_act",
     PackedFeedForward: "feed_forward",
     PackedSqueezeExcite: "squeeze_excite",
     DirectDepthwise: "depthwise_conv2d_act",
@@ -79,7 +81,7 @@ def find_bottlenecks(
         The operators' rows, in the network's order, and the time of a whole pass without the clocks, in seconds.
     """
     calls: dict[str, _Call] = {}
-    leaves = {name: module for name, module in model.named_modules() if type(module) in OPERATORS or name == "head"}
+    leaves = {name: module for name, module in model.named_modules() if type(module) in OPERATORS}
     started = 0.0
 
     def start(module: nn.Module, inputs: Any) -> None:
@@ -120,7 +122,7 @@ def find_bottlenecks(
     weights = sum(call.parameters for call in calls.values())
     rows: dict[tuple[str, str], list[float]] = {}
     for name, call in calls.items():
-        operator = OPERATORS.get(type(leaves[name]), "pointwise_conv2d_act")
+        operator = OPERATORS[type(leaves[name])]
         row = rows.setdefault((_STAGES[name.split(".")[0]], operator), [0, 0.0, 0.0, 0.0])
         products = operator in ("conv2d_act", "pointwise_conv2d_act", "feed_forward", "squeeze_excite")
         row[0] += 1

@@ -117,31 +117,27 @@ class Classifier(PackedPointwise):
         return super().forward(x[:, :, None, None])[:, :, 0, 0]
 
 
-class PackedFeedForward(_Packed):
-    """:class:`FeedForward` with packed weights."""
+class _PackedPair(_Packed):
+    """Two matrices, from the channels to hidden ones and back."""
 
     w1: Tensor
     b1: Tensor
     w2: Tensor
     b2: Tensor
 
-    def __init__(self, layer: FeedForward, dtype: torch.dtype) -> None:
+    def __init__(self, layer: FeedForward | FusedSqueezeExcite, dtype: torch.dtype) -> None:
         super().__init__(dtype, {"w1": layer.w1, "w2": layer.w2}, {"b1": layer.b1, "b2": layer.b2})
+
+
+class PackedFeedForward(_PackedPair):
+    """:class:`FeedForward` with packed weights."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return _feed_forward(x, self.w1, self.b1, self.w2, self.b2, "relu", residual)
 
 
-class PackedSqueezeExcite(_Packed):
+class PackedSqueezeExcite(_PackedPair):
     """:class:`FusedSqueezeExcite` with packed weights."""
-
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-
-    def __init__(self, layer: FusedSqueezeExcite, dtype: torch.dtype) -> None:
-        super().__init__(dtype, {"w1": layer.w1, "w2": layer.w2}, {"b1": layer.b1, "b2": layer.b2})
 
     def forward(self, x: Tensor) -> Tensor:
         return _squeeze_excite(x, self.w1, self.b1, self.w2, self.b2)

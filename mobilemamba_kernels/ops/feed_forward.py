@@ -10,7 +10,7 @@ from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops import pointwise_conv2d_act as pointwise
 from mobilemamba_kernels.ops._activations import check_activation
 from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_shape, check_tensors
-from mobilemamba_kernels.ops.pack_weight import check_matrix
+from mobilemamba_kernels.ops.pack_weight import check_pair
 
 
 def feed_forward(
@@ -45,12 +45,7 @@ def feed_forward(
     check_tensors(op, {"x": x, "w1": w1, "w2": w2}, {"b1": b1, "b2": b2, "residual": residual})
     check_activation(op, "activation", activation)
     check_dims(op, "x", x, "batch, C, H, W")
-    channels = x.shape[1]
-    hidden = check_matrix(op, "w1", w1, "b1", b1, channels, "M, C")
-    if w1.ndim != w2.ndim:
-        raise ValueError(f"{op}: w1 and w2 must both be packed, or neither; got {tuple(w1.shape)}, {tuple(w2.shape)}")
-    if check_matrix(op, "w2", w2, "b2", b2, hidden, "C, M") != channels:
-        raise ValueError(f"{op}: w2 must have shape (C, M) = {(channels, hidden)}; got {tuple(w2.shape)}")
+    check_pair(op, w1, b1, w2, b2, x.shape[1])
     check_shape(op, "residual", residual, tuple(x.shape), "batch, C, H, W")
     x, residual = autocast(x), autocast(residual)
     args = (x, w1, b1, w2, b2, activation, residual)

@@ -126,6 +126,19 @@ def check_matrix(
     return outputs
 
 
+def check_pair(op: str, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, channels: int) -> None:
+    """Check two matrices from the channels to hidden ones and back, w1 (M, C), b1 (M), w2 (C, M), b2 (C).
+
+    Raises:
+        TypeError, ValueError: see :func:`check_matrix`; or one is packed and the other is not.
+    """
+    hidden = check_matrix(op, "w1", w1, "b1", b1, channels, "M, C")
+    if w1.ndim != w2.ndim:
+        raise ValueError(f"{op}: w1 and w2 must both be packed, or neither; got {tuple(w1.shape)}, {tuple(w2.shape)}")
+    if check_matrix(op, "w2", w2, "b2", b2, hidden, "C, M") != channels:
+        raise ValueError(f"{op}: w2 must have shape (C, M) = {(channels, hidden)}; got {tuple(w2.shape)}")
+
+
 def as_multiplied(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` rounded as a weight of bfloat16 asks for."""
     return x.to(torch.bfloat16) if weight.dtype == torch.bfloat16 and x.dtype != torch.float64 else x

@@ -9,7 +9,7 @@ from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops import pointwise_conv2d_act as pointwise
 from mobilemamba_kernels.ops._checks import accumulate_dtype, autocast, check_dims, check_tensors
-from mobilemamba_kernels.ops.pack_weight import check_matrix
+from mobilemamba_kernels.ops.pack_weight import check_pair
 
 
 def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -33,14 +33,9 @@ def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Ten
     op = "squeeze_excite"
     check_tensors(op, {"x": x, "w1": w1, "w2": w2}, {"b1": b1, "b2": b2})
     check_dims(op, "x", x, "batch, C, H, W")
-    channels = x.shape[1]
     if 0 in x.shape[2:]:
         raise ValueError(f"{op}: the maps of x must have positions, of which to take the mean; got {tuple(x.shape)}")
-    hidden = check_matrix(op, "w1", w1, "b1", b1, channels, "M, C")
-    if w1.ndim != w2.ndim:
-        raise ValueError(f"{op}: w1 and w2 must both be packed, or neither; got {tuple(w1.shape)}, {tuple(w2.shape)}")
-    if check_matrix(op, "w2", w2, "b2", b2, hidden, "C, M") != channels:
-        raise ValueError(f"{op}: w2 must have shape (C, M) = {(channels, hidden)}; got {tuple(w2.shape)}")
+    check_pair(op, w1, b1, w2, b2, x.shape[1])
     x = autocast(x)
     args = (x, w1, b1, w2, b2)
     return _reference(*args) if choose(op, *args) == "reference" else _operator(*args)

@@ -178,6 +178,18 @@ def test_stride_and_padding_below_the_public_function(op, stride, padding):
         forward(torch.ones(1, 1, 10, 10), torch.ones(1, 1, 1, 1), None, stride, padding, "none", *rest)
 
 
+@needs_kernels
+@pytest.mark.parametrize("wrong", ["b1", "b2", "bias"])
+def test_bias_of_another_size_below_the_public_function(wrong, instruction_set):
+    x, wide, narrow = torch.ones(2, 8, 3, 3, dtype=torch.bfloat16), torch.ones(16, 8), torch.ones(8, 16)
+    b1, b2 = torch.ones(3 if wrong == "b1" else 16), torch.ones(3 if wrong == "b2" else 8)
+    with pytest.raises(RuntimeError, match="does not match the other arguments'"):
+        if wrong == "bias":
+            torch.ops.mobilemamba.pointwise_conv2d_act_fwd(x, wide, b2[:3], "relu", None, "none", None, None)
+        else:
+            torch.ops.mobilemamba.feed_forward_fwd(x, wide, b1, narrow, b2, "relu", None)
+
+
 def test_too_little_memory_gets_a_sentence():
     """In a process that may not grow by the half gigabyte that a row of this padding takes."""
     resource = pytest.importorskip("resource")

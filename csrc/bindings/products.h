@@ -17,11 +17,13 @@ inline Tensor convert(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// The outputs of a weight, plain or packed, whose bias then tells.
+// The outputs of a weight, plain or packed, whose bias then tells. The bias has as many, whoever reads it.
 inline int64_t outputs_of(const Tensor& weight, const std::optional<Tensor>& bias) {
-  if (weight.dim() != 3) return weight.size(0);
-  STD_TORCH_CHECK(bias && bias->dim() == 1, "mobilemamba: a packed weight needs a bias of one dimension");
-  return bias->size(0);
+  STD_TORCH_CHECK(!bias || bias->dim() == 1, "mobilemamba: bias must have one dimension, got ", bias->dim());
+  STD_TORCH_CHECK(bias || weight.dim() != 3, "mobilemamba: a packed weight needs a bias");
+  if (weight.dim() == 3) return bias->size(0);
+  if (bias) check_size(*bias, 0, weight.size(0));
+  return weight.size(0);
 }
 
 // Whether x and weight are multiplied in bfloat16: where the weight has it; and where x has it, the weight is not
@@ -57,10 +59,6 @@ struct Weights {
 // weight: packed, or (outputs, channels) or (outputs, channels, k, k), whose depth runs over (k, k, channels).
 inline Weights pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t channels, bool bfloat16) {
   const int64_t outputs = outputs_of(weight, bias);
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1, "mobilemamba: bias must have one dimension, got ", bias->dim());
-    check_size(*bias, 0, outputs);
-  }
   Weights result{{nullptr, bfloat16, capability() >= Capability::kAvx512Bf16, outputs, 0}, weight, {}};
   result.bias = bias ? values(*bias) : std::vector<float>();
   result.bias.resize(packed_vectors(outputs) * kPackedLanes);

@@ -43,7 +43,8 @@ def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float3
     Args:
         model: any :class:`MobileMamba`, fused or not; it stays as it is.
         dtype: of what is multiplied in matrix products: float32; or bfloat16, which is faster where the processor
-            multiplies it and halves the weights' memory. All else is float32 in both, the sums of the products too.
+            multiplies it and halves the weights' memory. All else is float32 in both, the sums of the products too
+            (but for AMX, where the vendor's library multiplies and rounds them to bfloat16).
 
     Raises:
         TypeError: ``dtype`` is another.

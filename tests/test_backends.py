@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,15 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("shape", [(0, 0, 2, 2), (4, 0, 3, 3), (0, 3, 3, 3), (5, 3, 3, 3), (5, 2, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_filter_keeps_its_size(shape, dtype):
+    x, weight, bias = torch.ones(2, shape[1], 7, 6), torch.ones(shape), torch.zeros(shape[0])
+    packed = mobilemamba_kernels.pack_weight(weight, dtype)
+    wanted = mobilemamba_kernels.conv2d_act(x, weight, bias)
+    assert mobilemamba_kernels.conv2d_act(x, packed, bias).shape == wanted.shape
+
+
 def test_pack_weight_refuses_in_a_sentence():
     pack = mobilemamba_kernels.pack_weight
     with pytest.raises(TypeError, match=r"pack_weight: dtype must be float32 or bfloat16; got torch.float16"):
@@ -183,11 +193,13 @@ def test_stride_and_padding_below_the_public_function(op, stride, padding):
 def test_bias_of_another_size_below_the_public_function(wrong, instruction_set):
     x, wide, narrow = torch.ones(2, 8, 3, 3, dtype=torch.bfloat16), torch.ones(16, 8), torch.ones(8, 16)
     b1, b2 = torch.ones(3 if wrong == "b1" else 16), torch.ones(3 if wrong == "b2" else 8)
+    call = partial(torch.ops.mobilemamba.feed_forward_fwd, x, wide, b1, narrow, b2, "relu", None)
+    if wrong == "bias":
+        call = partial(
+            torch.ops.mobilemamba.pointwise_conv2d_act_fwd, x, wide, b2[:3], "relu", None, "none", None, None
+        )
     with pytest.raises(RuntimeError, match="does not match the other arguments'"):
-        if wrong == "bias":
-            torch.ops.mobilemamba.pointwise_conv2d_act_fwd(x, wide, b2[:3], "relu", None, "none", None, None)
-        else:
-            torch.ops.mobilemamba.feed_forward_fwd(x, wide, b1, narrow, b2, "relu", None)
+        call()
 
 
 def test_too_little_memory_gets_a_sentence():

@@ -26,8 +26,9 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Returns:
         A tensor of three dimensions whose order is the kernels' business: panels of up to 48 outputs, outputs
         innermost, padded with zeros to a multiple of 16; in bfloat16, pairs of the depth within the outputs. Where
-        products of bfloat16 are the vendor library's (AMX), ``weight`` (O, C) itself in that type; where a row of
-        filters is no whole number of pairs (k · C odd), packed in float32.
+        products of bfloat16 are the vendor library's (AMX), ``weight`` (O, C) itself in that type, and the library
+        rounds the sums to it; where a row of filters is no whole number of pairs (k · C odd), packed in float32.
+        Filters without channels, whose k would be lost, stay as they are.
 
     Raises:
         TypeError: ``weight`` is no real floating-point tensor, or ``dtype`` is another.
@@ -38,6 +39,8 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise TypeError(f"pack_weight: dtype must be float32 or bfloat16; got {dtype}")
     if weight.ndim not in (2, 4):
         raise ValueError(f"pack_weight: weight must have shape (O, C) or (O, C, k, k); got {tuple(weight.shape)}")
+    if weight.ndim == 4 and weight.shape[1] == 0:
+        return weight.to(dtype)
     if weight.ndim == 4 and weight.shape[1] * weight.shape[3] % 2:
         dtype = torch.float32
     elif weight.ndim == 2 and dtype == torch.bfloat16 and _vendor_multiplies():

@@ -211,7 +211,7 @@ def ops(op: str | None, dtype: str, as_json: bool) -> None:
 )
 @click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speeds into this file.")
 @click.option("--profile", is_flag=True, help="Instead: each operator and stage of ours against its own floor.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="For --profile.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of --profile [default: float32].")
 @_json_option
 def network(
     model: str | None,
@@ -220,7 +220,7 @@ def network(
     engines: tuple[str, ...],
     chart: Path | None,
     profile: bool,
-    dtype: str,
+    dtype: str | None,
     as_json: bool,
 ) -> None:
     """Time networks against each other, taking turns: the optimized one (S6 unless --model is given) in float32 and
@@ -229,6 +229,10 @@ def network(
     from mobilemamba import bench as harness
     from mobilemamba import bench_network as networks
 
+    if profile and (engines or chart):
+        raise click.UsageError("--profile is of the optimized network alone: leave out --engine and --chart")
+    if dtype and not profile:
+        raise click.UsageError("--dtype is for --profile: name the engines float32 and bfloat16 with --engine")
     with _sentences():
         harness.refuse_fallback()
         chosen = networks.available(engines)
@@ -237,7 +241,7 @@ def network(
     name, batches = model or "mobilemamba_s6", batches or networks.BATCHES
     threads = threads or tuple(dict.fromkeys((torch.get_num_threads(), 1)))
     if profile:
-        _profile(name, batches, threads[0], DTYPES[dtype], as_json)
+        _profile(name, batches, threads[0], DTYPES[dtype or "float32"], as_json)
         return
     results = [
         result

@@ -1,7 +1,7 @@
 """MobileMamba: Lightweight Multi-Receptive Visual Mamba Network (arXiv 2411.15941), with timm's interface."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -198,7 +198,20 @@ class MobileMamba(nn.Module):
         self.num_classes = self.default_cfg["num_classes"] = num_classes
         self.default_cfg["label_names"] = None
         self._build_heads()
-        self.to(device=like.device, dtype=like.dtype)
+        for head in (self.head, self.head_dist):
+            if head is not None:
+                head.to(device=like.device, dtype=like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MobileMamba":
+        if self.optimized:
+            for dtype in {p.dtype for p in self.parameters()}:
+                moved = fn(torch.empty(0, dtype=dtype))
+                if moved.dtype != dtype or moved.device.type != "cpu":
+                    raise TypeError(
+                        f"an optimized network stays on the CPU with its {dtype}, but was to become {moved.dtype} on "
+                        f"{moved.device}: convert the network that it was made from"
+                    )
+        return super()._apply(fn, recurse)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations. Results stay the same."""

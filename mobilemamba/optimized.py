@@ -4,6 +4,7 @@
 below the public functions, whose checks take as long as an operator on one image: the layers' shapes are the network's.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
@@ -19,6 +20,8 @@ from mobilemamba.inference import (
     FusedSqueezeExcite,
     Pointwise,
     fuse,
+    rewrite,
+    runs_as,
 )
 from mobilemamba.layers import SS2D
 from mobilemamba.model import MobileMamba
@@ -33,6 +36,7 @@ _ss2d_bidirectional = torch.ops.mobilemamba.ss2d_bidirectional_fwd.default
 _wavelet_depthwise_conv2d = torch.ops.mobilemamba.wavelet_depthwise_conv2d_fwd.default
 
 
+@torch.inference_mode(False)  # inference tensors could not be called where gradients are recorded
 def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float32) -> MobileMamba:
     """The same network as fast as a CPU runs it, as a copy, in eval mode.
 
@@ -47,11 +51,14 @@ def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float3
             (but for AMX, where the vendor's library multiplies and rounds them to bfloat16).
 
     Raises:
-        TypeError: ``dtype`` is another.
+        TypeError: ``dtype`` is another, ``model`` no MobileMamba, or one that :func:`mobilemamba.fuse` refuses.
         ValueError: ``model`` is optimized already, or not on the CPU.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(model, MobileMamba):
+        raise TypeError(f"the network must be a MobileMamba, but is a {type(model).__name__}")
     if dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, but is {dtype}")
+        raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, but is {dtype!r}")
     if model.optimized:
         raise ValueError("the network is optimized already: optimize the one that it was made from")
     device = next(model.parameters()).device
@@ -59,10 +66,12 @@ def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float3
         raise ValueError(
             f"the network must be on the CPU to be optimized for it, but is on {device}: move a copy there"
         )
-    model = fuse(model).float()
-    _optimized(model, dtype)
-    if isinstance(model.head, nn.Linear):
-        model.head = Classifier(model.head, dtype)
+    model = fuse(copy.deepcopy(model).double()).float()
+    rewrite(_optimized, model, dtype)
+    for name in ("head", "head_dist"):
+        head = getattr(model, name)
+        if runs_as(head, nn.Linear):
+            setattr(model, name, Classifier(head, dtype))
     model.optimized = True
     return model.requires_grad_(False)
 
@@ -100,7 +109,8 @@ class PackedPointwise(_Packed):
     bias: Tensor
 
     def __init__(self, layer: Pointwise | nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__(dtype, {"weight": layer.weight}, {"bias": layer.bias})
+        bias = layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
+        super().__init__(dtype, {"weight": layer.weight}, {"bias": bias})
         self.activation = getattr(layer, "activation", "none")
         self.input_activation = getattr(layer, "input_activation", "none")
 
@@ -211,7 +221,7 @@ class DirectGlobalOp(nn.Module):
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.atten = _optimized(layer.atten, dtype)
+        self.atten = rewrite(_optimized, layer.atten, dtype)
         self.wavelet = DirectWavelet(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,17 +232,14 @@ class DirectGlobalOp(nn.Module):
 def _optimized(module: Any, dtype: torch.dtype) -> nn.Module:
     """The optimized counterpart of a fused layer; what has none is kept, with its children replaced."""
     for name, child in module.named_children():
-        setattr(module, name, _optimized(child, dtype))
+        setattr(module, name, rewrite(_optimized, child, dtype))
     return module
-
-
-@_optimized.register(nn.Sequential)
-def _(module: nn.Sequential, dtype: torch.dtype) -> nn.Module:
-    return nn.Sequential(*(_optimized(m, dtype) for m in module if not isinstance(m, nn.Identity)))
 
 
 @_optimized.register(SS2D)
 def _(module: Any, dtype: torch.dtype) -> nn.Module:
+    if not isinstance(module.conv2d, Depthwise):  # one that was kept as it is
+        return module
     if module.directions == 2:
         return DirectSS2D(module, dtype)
     module.in_proj, module.out_proj = (PackedPointwise(m, dtype) for m in (module.in_proj, module.out_proj))

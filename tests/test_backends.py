@@ -163,6 +163,8 @@ def test_pack_weight_refuses_in_a_sentence():
     pack = mobilemamba_kernels.pack_weight
     with pytest.raises(TypeError, match=r"pack_weight: dtype must be float32 or bfloat16; got torch.float16"):
         pack(torch.ones(2, 2), torch.float16)
+    with pytest.raises(ValueError, match=r"pack_weight: filters must be square"):
+        pack(torch.ones(4, 8, 1, 9))
     with pytest.raises(ValueError, match=r"pack_weight: weight must have shape"):
         pack(torch.ones(2))
     with pytest.raises(TypeError, match=r"pack_weight: weight must be"):

@@ -67,6 +67,25 @@ def test_help_of_every_command():
     assert run("--version").output.strip().endswith(mobilemamba.cli.__version__)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--profile", "--engine", "plain"], "leave out --engine and --chart"),
+        (["--profile", "--chart", "x.png"], "leave out --engine and --chart"),
+        (["--dtype", "bfloat16"], "--dtype is for --profile"),
+    ],
+)
+def test_options_of_the_network_benchmark_that_do_nothing_are_refused(arguments, sentence):
+    result = run("bench", "network", *arguments)
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "mobilemamba", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == run("--version").output
+
+
 def test_info_has_every_variant():
     result = run("info")
     for name, figures in {"mobilemamba_t2": ("8.84 M", "251.7 M"), "mobilemamba_b4": ("17.12 M", "4274.0 M")}.items():

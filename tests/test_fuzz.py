@@ -9,7 +9,7 @@ from test_ops import differentiate, operator, positional, reference
 from torch import Tensor
 
 import mobilemamba_kernels
-from mobilemamba_kernels.testing import BUILDERS, LAYOUTS, Case, assert_close, map_tensors
+from mobilemamba_kernels.testing import BUILDERS, LAYOUTS, Case, assert_close, map_tensors, tensors
 
 OPS = list(BUILDERS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,8 +117,12 @@ def atol(op: str, dtype: torch.dtype) -> float:
 def test_good_calls_are_right(op, data):
     case = data.draw(CASE_OF[op], label="case")
     dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(LAYOUTS))
-    use_instruction_set(data.draw(st.sampled_from(INSTRUCTION_SETS)))
+    chosen = data.draw(st.sampled_from(INSTRUCTION_SETS))
+    use_instruction_set(chosen)
     arguments = case.make(dtype, layout, seed=data.draw(st.integers(0, 9)))
+    # The vendor's products of bfloat16 weights round their sums to bfloat16, as the operators' docstrings say.
+    vendor = chosen == "amx" and torch.bfloat16 in (t.dtype for t in tensors(arguments).values())
+    allowed = atol(op, torch.bfloat16 if vendor else dtype)
     plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
     if data.draw(st.booleans(), label="differentiate"):
         results, gradients = differentiate(case, arguments)
@@ -126,7 +130,7 @@ def test_good_calls_are_right(op, data):
     else:
         results = case.run(arguments)
     for i, result in enumerate(results):
-        assert_close(result, exact[i], plain[i], f"result {i}", atol=atol(op, dtype))
+        assert_close(result, exact[i], plain[i], f"result {i}", atol=allowed)
 
 
 def other_size(tensor: Tensor, data: st.DataObject) -> Tensor:

@@ -212,8 +212,118 @@ def test_bfloat16_predicts_the_same():
     assert torch.equal(best.indices[decided, 0], others.argmax(1)[decided])
 
 
+class Shifted(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+def with_weight_norm(model):
+    for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+        nn.utils.parametrizations.weight_norm(module)
+
+
+def without_affine(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight = module.bias = None
+
+
+def with_gelu(model):
+    model.patch_embed[1] = model.blocks2[1].act = model.blocks1[0].ffn1.m.act = nn.GELU()
+    model.blocks2[2][1].m.act = model.blocks1[0].mixer.m.attn.proj[0] = nn.GELU()
+    model.blocks1[0].mixer.m.attn.global_op.global_atten.act = nn.GELU()
+
+
+CHANGES = {
+    "a head of another kind": lambda m: setattr(m, "head", Cosine(m.num_features, 7)),
+    "a head without a bias": lambda m: setattr(m, "head", nn.Linear(m.num_features, 7, bias=False)),
+    "a head of several layers": lambda m: setattr(m, "head", Shifted(nn.Identity(), nn.Linear(m.num_features, 7))),
+    "a stage with a forward of its own": lambda m: setattr(m, "blocks2", Shifted(*m.blocks2)),
+    "a forward of one module": lambda m: setattr(m.blocks1[0].dw0.m, "forward", lambda x: x * 2),
+    "other activations": with_gelu,
+    "weight norm": with_weight_norm,
+    "no affine part": without_affine,
+    "synchronized batch norm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "a convolution with a bias": lambda m: m.blocks1[0].ffn0.m.pw1.c.register_parameter(
+        "bias", nn.Parameter(torch.ones(m.blocks1[0].ffn0.m.pw1.c.out_channels))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_networks_that_others_changed(name):
+    """What has a forward of its own is kept as it is; what only computes its weights otherwise is folded."""
+    model = filled(create_small())
+    changed = CHANGES[name](model)
+    model = (changed if isinstance(changed, mobilemamba.MobileMamba) else model).eval()
+    x = torch.randn(2, 3, 64, 64)
+    compare(model, mobilemamba.fuse(model), x, TOLERANCE[torch.float32])
+    compare(model, mobilemamba.optimize_for_inference(model), x, TOLERANCE[torch.float32])
+    compare(model, mobilemamba.optimize_for_inference(model, torch.bfloat16), x, TOLERANCE[torch.bfloat16])
+
+
+def test_two_heads_of_another_kind_are_both_kept():
+    model = filled(create_small(distillation=True))
+    model.head, model.head_dist = Shifted(nn.Linear(model.num_features, 7)), nn.Linear(model.num_features, 7)
+    compare(model, mobilemamba.optimize_for_inference(model), torch.randn(2, 3, 64, 64), TOLERANCE[torch.float32])
+
+
+def test_a_network_in_sixteen_bits_loses_nothing_more():
+    model = filled(create_small()).bfloat16()
+    found = mobilemamba.optimize_for_inference(model)
+    compare(copy.deepcopy(model).float(), found, torch.randn(2, 3, 64, 64), TOLERANCE[torch.float32])
+
+
+def test_hooks_on_stages_are_kept():
+    model = create_small()
+    shapes = []
+    model.blocks2.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    with torch.inference_mode():
+        mobilemamba.optimize_for_inference(model)(torch.randn(1, 3, 64, 64))
+    assert len(shapes) == 1
+
+
+def test_made_in_inference_mode_and_called_outside():
+    with torch.inference_mode():
+        optimized = mobilemamba.optimize_for_inference(torch.compile(create_small(), backend="eager"))
+    optimized(torch.randn(1, 3, 64, 64, requires_grad=True)).sum().backward()
+
+
+def test_no_head_in_any_type():
+    for in_chans in (3, 4):
+        model = filled(create_small(in_chans=in_chans))
+        optimized = mobilemamba.optimize_for_inference(model, torch.bfloat16)
+        x = torch.randn(2, in_chans, 64, 64)
+        with torch.inference_mode():
+            wanted = optimized.forward_head(optimized.forward_features(x), pre_logits=True)
+            optimized.reset_classifier(0)
+            assert torch.equal(optimized(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_stays_as_it_is(dtype):
+    optimized = mobilemamba.optimize_for_inference(create_small(), dtype)
+    before = {name: tensor.clone() for name, tensor in optimized.state_dict().items()}
+    for change in (optimized.half, optimized.double, lambda: optimized.to("meta")):
+        with pytest.raises(TypeError, match="an optimized network stays on the CPU with its"):
+            change()
+    optimized.to(memory_format=torch.channels_last).cpu()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimized.state_dict().items())
+
+
 def test_what_it_refuses():
     model = create_small()
+    with pytest.raises(TypeError, match="must be a MobileMamba, but is a Linear"):
+        mobilemamba.optimize_for_inference(nn.Linear(3, 3))
+    other = create_small()
+    other.patch_embed[0].bn = nn.Identity()
+    with pytest.raises(TypeError, match=r"and Identity.* cannot be fused"):
+        mobilemamba.optimize_for_inference(other)
     with pytest.raises(TypeError, match=r"dtype must be torch.float32 or torch.bfloat16, but is torch.float16"):
         mobilemamba.optimize_for_inference(model, torch.float16)
     with pytest.raises(ValueError, match="must be on the CPU to be optimized for it, but is on meta"):

@@ -26,11 +26,14 @@ inline int64_t outputs_of(const Tensor& weight, const std::optional<Tensor>& bia
   return weight.size(0);
 }
 
+// Whether products of bfloat16 have instructions of their own.
+inline bool bfloat16_in_hardware() { return capability() >= Capability::kAvx512Bf16; }
+
 // Whether x and weight are multiplied in bfloat16: where the weight has it; and where x has it, the weight is not
 // packed as something else, and the processor has the instructions, without which a weight of float32 loses nothing.
 inline bool in_bfloat16(const Tensor& x, const Tensor& weight) {
   return weight.scalar_type() == ScalarType::BFloat16 ||
-         (x.scalar_type() == ScalarType::BFloat16 && weight.dim() != 3 && capability() >= Capability::kAvx512Bf16);
+         (x.scalar_type() == ScalarType::BFloat16 && weight.dim() != 3 && bfloat16_in_hardware());
 }
 // Matrix instructions are the vendor's business. Its convolutions round their results, which suits maps of bfloat16
 // only.
@@ -41,8 +44,7 @@ inline bool vendor_multiplies(const Tensor& x, const Tensor& weight) {
 // Packs (outputs, channels, rows, columns) at `weight`, whose batch are the outputs.
 inline PackedWeight pack(const Map& weight, int64_t outputs, int64_t channels, int64_t rows, int64_t columns,
                          bool bfloat16, void* to) {
-  const bool in_hardware = capability() >= Capability::kAvx512Bf16;
-  const PackedWeight packed{to, bfloat16, in_hardware, outputs, rows * columns * channels};
+  const PackedWeight packed{to, bfloat16, bfloat16_in_hardware(), outputs, rows * columns * channels};
   const PackWeightParams p{weight, channels, rows, columns, packed, to, nullptr};
   const int64_t size = packed_size(outputs, packed.depth, bfloat16), panels = packed_panels(outputs);
   if (size > 0) parallel(KERNEL(pack_weight), p, panels, size / panels / 4, pack_weight_scratch(vector_lanes()));
@@ -59,7 +61,7 @@ struct Weights {
 // weight: packed, or (outputs, channels) or (outputs, channels, k, k), whose depth runs over (k, k, channels).
 inline Weights pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t channels, bool bfloat16) {
   const int64_t outputs = outputs_of(weight, bias);
-  Weights result{{nullptr, bfloat16, capability() >= Capability::kAvx512Bf16, outputs, 0}, weight, {}};
+  Weights result{{nullptr, bfloat16, bfloat16_in_hardware(), outputs, 0}, weight, {}};
   result.bias = bias ? values(*bias) : std::vector<float>();
   result.bias.resize(packed_vectors(outputs) * kPackedLanes);
   const ScalarType type = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;

@@ -49,7 +49,8 @@ inline void check_size(const Tensor& t, int64_t dim, int64_t size) {
 
 // The elements of a small parameter in row-major order, as float32.
 inline std::vector<float> values(const Tensor& t) {
-  const Tensor dense = torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+  const bool ready = t.scalar_type() == ScalarType::Float && t.is_contiguous();  // converting takes microseconds
+  const Tensor dense = ready ? t : torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
   const float* p = static_cast<const float*>(dense.data_ptr());
   return {p, p + t.numel()};
 }

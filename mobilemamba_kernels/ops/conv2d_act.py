@@ -25,6 +25,7 @@ def conv2d_act(
     Args:
         x: (batch, C, H, W).
         weight: (O, C, k, k), or that packed by :func:`pack_weight`. One of bfloat16 has ``x`` rounded to bfloat16 too.
+            Where a processor multiplies bfloat16, an ``x`` of bfloat16 has a weight that is not packed rounded to it.
         bias: (O).
         stride: at least 1, of both dimensions.
         padding: zeros on every side; k // 2 when None.

@@ -27,6 +27,7 @@ def feed_forward(
     Args:
         x: (batch, C, H, W).
         w1: (M, C), or that packed by :func:`pack_weight`. One of bfloat16 has its inputs rounded to bfloat16 as well.
+            Where a processor multiplies bfloat16, an ``x`` of bfloat16 has weights that are not packed rounded to it.
         b1: (M), or None.
         w2: (C, M), or that packed, as ``w1`` is or is not.
         b2: (C), or None.

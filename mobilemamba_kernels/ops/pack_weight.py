@@ -32,13 +32,15 @@ def pack_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Raises:
         TypeError: ``weight`` is no real floating-point tensor, or ``dtype`` is another.
-        ValueError: ``weight`` has another rank.
+        ValueError: ``weight`` has another rank, or filters that are not square.
     """
     check_tensors("pack_weight", {"weight": weight})
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"pack_weight: dtype must be float32 or bfloat16; got {dtype}")
     if weight.ndim not in (2, 4):
         raise ValueError(f"pack_weight: weight must have shape (O, C) or (O, C, k, k); got {tuple(weight.shape)}")
+    if weight.ndim == 4 and weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"pack_weight: filters must be square, (O, C, k, k); got {tuple(weight.shape)}")
     if weight.ndim == 4 and weight.shape[1] == 0:
         return weight.to(dtype)
     if weight.ndim == 4 and weight.shape[1] * weight.shape[3] % 2:

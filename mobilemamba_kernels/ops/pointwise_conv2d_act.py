@@ -28,6 +28,7 @@ def pointwise_conv2d_act(
     Args:
         x: (batch, C, H, W), or up to three such maps of one dtype, whose channels follow each other, C in all.
         weight: (O, C), or that packed by :func:`pack_weight`. One of bfloat16 has ``x`` rounded to bfloat16 as well.
+            Where a processor multiplies bfloat16, an ``x`` of bfloat16 has a weight that is not packed rounded to it.
         bias: (O).
         activation, input_activation: "none", "relu" or "silu".
         residual: (batch, O, H, W).

@@ -1,0 +1,5 @@
+"""``python -m mobilemamba``."""
+
+from mobilemamba.cli import main
+
+main()

@@ -17,6 +17,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+_PIXELS_TOGETHER = 1 << 20
+
+
 class MobileMamba(nn.Module):
     """The network: a stem of stride 16 and three stages of stride 16, 32 and 64.
 
@@ -100,10 +103,24 @@ class MobileMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) → the last stage's map (B, num_features, ⌈H/64⌉, ⌈W/64⌉)."""
+        parts = self._parts(x)
+        if len(parts) > 1:
+            return torch.cat([self.forward_features(part) for part in parts])
         x = self._stem(x)
         for stage in (self.blocks1, self.blocks2, self.blocks3):
             x = self._run(stage, x)
         return x
+
+    def _parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The images that are computed together: in an optimized network as many as suit caches and memory.
+
+        Not where a graph is captured, which holds for any number of images, or where hooks wait for all of them.
+        """
+        if not self.optimized or torch.compiler.is_compiling() or x.ndim != 4:
+            return (x,)
+        count = min(x.shape[0], -(-x.shape[0] * x.shape[2] * x.shape[3] // _PIXELS_TOGETHER))
+        hooked = count > 1 and any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+        return (x,) if hooked or count < 2 else x.tensor_split(count)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The last stage's map (B, num_features, h, w) → (B, num_classes), or pooled features if ``pre_logits``."""

@@ -279,13 +279,21 @@ def test_a_network_in_sixteen_bits_loses_nothing_more():
     compare(copy.deepcopy(model).float(), found, torch.randn(2, 3, 64, 64), TOLERANCE[torch.float32])
 
 
-def test_hooks_on_stages_are_kept():
+def test_many_images_are_computed_in_parts(monkeypatch):
+    """With the same bits; where hooks wait for all of them, together."""
     model = create_small()
-    shapes = []
-    model.blocks2.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    x = torch.randn(5, 3, 64, 32)
+    optimized = mobilemamba.optimize_for_inference(model)
+    batches = []
     with torch.inference_mode():
-        mobilemamba.optimize_for_inference(model)(torch.randn(1, 3, 64, 64))
-    assert len(shapes) == 1
+        wanted = optimized(x)
+        monkeypatch.setattr(mobilemamba.model, "_PIXELS_TOGETHER", 2 * 64 * 32)
+        assert [len(part) for part in optimized._parts(x)] == [2, 2, 1]
+        assert torch.equal(optimized(x), wanted)
+        assert optimized(x[:0]).shape == (0, model.num_classes)
+        model.blocks2.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
+        assert torch.equal(mobilemamba.optimize_for_inference(model)(x), wanted)
+    assert batches == [5]
 
 
 def test_made_in_inference_mode_and_called_outside():

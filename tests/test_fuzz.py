@@ -120,10 +120,15 @@ def test_good_calls_are_right(op, data):
     chosen = data.draw(st.sampled_from(INSTRUCTION_SETS))
     use_instruction_set(chosen)
     arguments = case.make(dtype, layout, seed=data.draw(st.integers(0, 9)))
+    plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
     # The vendor's products of bfloat16 weights round their sums to bfloat16, as the operators' docstrings say.
     vendor = chosen == "amx" and torch.bfloat16 in (t.dtype for t in tensors(arguments).values())
     allowed = atol(op, torch.bfloat16 if vendor else dtype)
-    plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
+    if vendor:  # four of those roundings
+        allowed = max(
+            allowed,
+            2 * torch.finfo(torch.bfloat16).eps * max([t.abs().max().item() for t in exact if t.numel()], default=0.0),
+        )
     if data.draw(st.booleans(), label="differentiate"):
         results, gradients = differentiate(case, arguments)
         assert all(gradient.isfinite().all() for gradient in gradients.values())

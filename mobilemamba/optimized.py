@@ -41,7 +41,7 @@ def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float3
     """The same network as fast as a CPU runs it, as a copy, in eval mode.
 
     It equals ``model`` in eval mode up to rounding and has the same methods; ``torch.compile`` and ``torch.export``
-    capture it. Images may be of any floating-point type and in any layout, as results are float32 and channels-last. It
+    capture it. It computes about a million pixels at a time, the images of a larger batch in parts. They may be of any floating-point type and in any layout, as results are float32 and channels-last. It
     stays on the CPU, in its type, and with its head.
 
     Args:

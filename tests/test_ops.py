@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import mobilemamba_kernels
-from mobilemamba_kernels import use_backend
+from mobilemamba_kernels import _library, use_backend
 from mobilemamba_kernels.ops.conv2d_act import filter_size
 from mobilemamba_kernels.testing import (
     CASES,
@@ -79,8 +79,8 @@ def reference(case: Case, arguments: dict, exact: bool = False) -> tuple[Tensor,
 
 
 @functools.lru_cache(maxsize=64)
-def truth(case: Case, dtype: torch.dtype):
-    """Results and gradients of the reference: in float64, and in ``dtype``."""
+def truth(case: Case, dtype: torch.dtype, instruction_set: str):
+    """Results and gradients of the reference: in float64, and in ``dtype``; weights packed for an instruction set."""
     arguments = case.make(dtype)
     with use_backend("reference"), one_thread():
         plain = differentiate(case, map_tensors(Tensor.clone, arguments))
@@ -89,7 +89,8 @@ def truth(case: Case, dtype: torch.dtype):
 
 
 def check_against_truth(case: Case, dtype: torch.dtype, layout: str) -> None:
-    (exact, exact_grads), (plain, plain_grads) = truth(case, dtype)
+    instruction_set = "none" if _library.COMPILED_ERROR else _library.cpu_capability()
+    (exact, exact_grads), (plain, plain_grads) = truth(case, dtype, instruction_set)
     results, grads = differentiate(case, case.make(dtype, layout))
     for i, result in enumerate(results):
         assert_close(result, exact[i], plain[i], f"result {i}")

@@ -41,8 +41,9 @@ def optimize_for_inference(model: MobileMamba, dtype: torch.dtype = torch.float3
     """The same network as fast as a CPU runs it, as a copy, in eval mode.
 
     It equals ``model`` in eval mode up to rounding and has the same methods; ``torch.compile`` and ``torch.export``
-    capture it. It computes about a million pixels at a time, the images of a larger batch in parts. They may be of any floating-point type and in any layout, as results are float32 and channels-last. It
-    stays on the CPU, in its type, and with its head.
+    capture it. Images may be of any floating-point type and in any layout, as results are float32 and channels-last;
+    about a million pixels are computed at a time, a larger batch in parts. It stays on the CPU, in its type, and with
+    its head.
 
     Args:
         model: any :class:`MobileMamba`, fused or not; it stays as it is.

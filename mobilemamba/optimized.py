@@ -174,21 +174,29 @@ class DirectScan(nn.Module):
 
     def __init__(self, layer: SS2D) -> None:
         super().__init__()
-        parameters = (
-            layer.x_proj_weight,
-            layer.dt_projs_weight,
-            layer.dt_projs_bias,
-            layer.A_logs.unflatten(0, (2, -1)),
-            layer.Ds.unflatten(0, (2, -1)),
-            layer.out_norm.weight,
-            layer.out_norm.bias,
-        )
-        self.parameters_in_order = nn.ParameterList(nn.Parameter(t.detach()) for t in parameters)
+        self.x_proj_weight = nn.Parameter(layer.x_proj_weight.detach())
+        self.dt_proj_weight = nn.Parameter(layer.dt_projs_weight.detach())
+        self.dt_proj_bias = nn.Parameter(layer.dt_projs_bias.detach())
+        self.A_log = nn.Parameter(layer.A_logs.detach().unflatten(0, (2, -1)))
+        self.D = nn.Parameter(layer.Ds.detach().unflatten(0, (2, -1)))
+        self.norm_weight = nn.Parameter(layer.out_norm.weight.detach())
+        self.norm_bias = nn.Parameter(layer.out_norm.bias.detach())
         self.eps = layer.out_norm.eps
         self.macs = layer.x_proj_weight.numel() + layer.dt_projs_weight.numel()
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return _ss2d_bidirectional(x, z, *self.parameters_in_order, self.eps)
+        return _ss2d_bidirectional(
+            x,
+            z,
+            self.x_proj_weight,
+            self.dt_proj_weight,
+            self.dt_proj_bias,
+            self.A_log,
+            self.D,
+            self.norm_weight,
+            self.norm_bias,
+            self.eps,
+        )
 
 
 class DirectSS2D(nn.Module):

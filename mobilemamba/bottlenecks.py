@@ -17,22 +17,22 @@ from mobilemamba import bench
 from mobilemamba.model import MobileMamba
 from mobilemamba.optimized import (
     Classifier,
+    DirectConv,
     DirectDepthwise,
+    DirectFeedForward,
+    DirectPointwise,
     DirectScan,
+    DirectSqueezeExcite,
     DirectWavelet,
-    PackedConv,
-    PackedFeedForward,
-    PackedPointwise,
-    PackedSqueezeExcite,
 )
 from mobilemamba.profile import macs
 
 OPERATORS: dict[type[nn.Module], str] = {
-    PackedConv: "conv2d_act",
-    PackedPointwise: "pointwise_conv2d_act",
+    DirectConv: "conv2d_act",
+    DirectPointwise: "pointwise_conv2d_act",
     Classifier: "pointwise_conv2d_act",
-    PackedFeedForward: "feed_forward",
-    PackedSqueezeExcite: "squeeze_excite",
+    DirectFeedForward: "feed_forward",
+    DirectSqueezeExcite: "squeeze_excite",
     DirectDepthwise: "depthwise_conv2d_act",
     DirectScan: "ss2d_bidirectional",
     DirectWavelet: "wavelet_depthwise_conv2d",

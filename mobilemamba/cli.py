@@ -24,7 +24,6 @@ import mobilemamba
 from mobilemamba.bench_network import ENGINES
 from mobilemamba.variants import VARIANTS
 from mobilemamba_kernels import __version__
-from mobilemamba_kernels.backends import forced_backend
 from mobilemamba_kernels.testing import CASES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,9 +143,9 @@ def _network(
 def _for_inference(
     network: mobilemamba.MobileMamba, device: torch.device, dtype: torch.dtype
 ) -> mobilemamba.MobileMamba:
-    """Optimized where that can be, on a CPU in float32 and bfloat16; else fused."""
-    if device.type == "cpu" and dtype != torch.float16 and forced_backend() in (None, "cpu"):
-        return mobilemamba.optimize_for_inference(network, dtype)
+    """Optimized where that can be, on CUDA GPUs, and on a CPU in float32 and bfloat16; else fused."""
+    if device.type == "cuda" or (device.type == "cpu" and dtype != torch.float16):
+        return mobilemamba.optimize_for_inference(network.to(device), dtype)
     return mobilemamba.fuse(network).to(device, dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mobilemamba.cuda_graphs import CudaGraphs
 from mobilemamba.layers import MRFFI, Block, ConvBN, GlobalOp, Head, LocalGroups, LocalOp, PatchMerging, depthwise_pair
 from mobilemamba.variants import Options
 from mobilemamba_kernels.backends import forced_backend
@@ -58,6 +59,9 @@ class MobileMamba(nn.Module):
         self.distillation = distillation
         self.fused = False
         self.optimized = False
+        self.backend = ""  # of an optimized network
+        self.map_dtype = torch.float32  # of its images, and of the maps between its layers
+        self.graphs: CudaGraphs | None = None
         self.grad_checkpointing = False
 
         width1, width2, width3 = options.widths
@@ -99,6 +103,12 @@ class MobileMamba(nn.Module):
             TypeError: the images' dtype is not the network's (outside autocast).
             ValueError: their rank, channels or size is wrong.
         """
+        if self.graphs is None or self.training:
+            return self._forward(x)
+        self._check(x)
+        return self.graphs(self._forward, x, self.map_dtype)
+
+    def _forward(self, x: Tensor) -> Any:
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -112,11 +122,11 @@ class MobileMamba(nn.Module):
         return x
 
     def _parts(self, x: Tensor) -> Sequence[Tensor]:
-        """The images that are computed together: in an optimized network as many as suit caches and memory.
+        """The images that are computed together: in a network optimized for a CPU as many as suit caches and memory.
 
         Not where a graph is captured, which holds for any number of images, or where hooks wait for all of them.
         """
-        if not self.optimized or torch.compiler.is_compiling() or x.ndim != 4:
+        if not self.optimized or x.device.type != "cpu" or torch.compiler.is_compiling() or x.ndim != 4:
             return (x,)
         count = min(x.shape[0], -(-x.shape[0] * x.shape[2] * x.shape[3] // _PIXELS_TOGETHER))
         hooked = count > 1 and any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
@@ -124,7 +134,7 @@ class MobileMamba(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The last stage's map (B, num_features, h, w) → (B, num_classes), or pooled features if ``pre_logits``."""
-        x = x.mean((2, 3))
+        x = x.mean((2, 3), dtype=torch.float32 if self.optimized else None)
         if pre_logits or self.head_dist is None:
             return x if pre_logits else self.head(x)
         results = self.head(x), self.head_dist(x)
@@ -172,18 +182,37 @@ class MobileMamba(nn.Module):
         return maps if intermediates_only else (x, maps)
 
     def _stem(self, x: Tensor) -> Tensor:
+        self._check(x)
+        if self.optimized:
+            x = x.to(self.map_dtype, memory_format=torch.channels_last)
+        return self.patch_embed(x)
+
+    def _check(self, x: Tensor) -> None:
+        """Check images.
+
+        Raises:
+            TypeError, ValueError: see :meth:`forward`.
+            RuntimeError: the network is optimized for other backends than the one that is forced.
+        """
         weight = next(self.patch_embed.parameters())
         if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
             raise ValueError(
                 f"images must be (batch, {self.in_chans}, height, width) with no side of 0, but are {tuple(x.shape)}"
             )
         if self.optimized:
-            return self.patch_embed(_for_optimized(x))
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            if forced_backend() not in (None, self.backend):
+                raise RuntimeError(
+                    f'the network is optimized for the backend {self.backend}, but backend "{forced_backend()}" is '
+                    "forced: use the network that it was made from"
+                )
+            if x.device != weight.device:
+                raise ValueError(f"images must be on {weight.device}, as the network is, but are on {x.device}")
+            if not x.is_floating_point():
+                raise TypeError(f"images must be floating point, but are {x.dtype}: convert them")
+        elif not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
             raise TypeError(
                 f"images must be {weight.dtype}, as the network's weights are, but are {x.dtype}: convert them"
             )
-        return self.patch_embed(x)
 
     def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
@@ -215,19 +244,24 @@ class MobileMamba(nn.Module):
         self.num_classes = self.default_cfg["num_classes"] = num_classes
         self.default_cfg["label_names"] = None
         self._build_heads()
+        if self.graphs is not None:
+            self.graphs.clear()
         for head in (self.head, self.head_dist):
             if head is not None:
                 head.to(device=like.device, dtype=like.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MobileMamba":
         if self.optimized:
-            for dtype in {p.dtype for p in self.parameters()}:
-                moved = fn(torch.empty(0, dtype=dtype))
-                if moved.dtype != dtype or moved.device.type != "cpu":
+            for dtype, device in {(p.dtype, p.device) for p in self.parameters()}:
+                moved = fn(torch.empty(0, dtype=dtype, device=device))
+                if (moved.dtype, moved.device) != (dtype, device):
                     raise TypeError(
-                        f"an optimized network stays on the CPU with its {dtype}, but was to become {moved.dtype} on "
-                        f"{moved.device}: convert the network that it was made from"
+                        f"an optimized network stays on {'the CPU' if device.type == 'cpu' else device} with its "
+                        f"{dtype}, but was to become {moved.dtype} on {moved.device}: convert the network that it was "
+                        "made from"
                     )
+            if self.graphs is not None:
+                self.graphs.clear()
         return super()._apply(fn, recurse)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -257,18 +291,6 @@ def default_config(
         "first_conv": "patch_embed.0.c",
         "classifier": ("head.l", "head_dist.l") if distillation else "head.l",
     }
-
-
-def _for_optimized(x: Tensor) -> Tensor:
-    """Images as an optimized network takes them."""
-    if forced_backend() not in (None, "cpu"):
-        raise RuntimeError(
-            f'an optimized network runs the CPU kernels, but backend "{forced_backend()}" is forced: '
-            "use the network that it was made from"
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"images must be floating point, but are {x.dtype}: convert them")
-    return x.to(torch.float32, memory_format=torch.channels_last)
 
 
 def _blocks(options: Options, stage: int, rates: Iterator[float]) -> Iterator[Block]:

@@ -13,13 +13,13 @@ from mobilemamba.layers import SS2D, GlobalOp
 from mobilemamba.model import MobileMamba
 from mobilemamba.optimized import (
     Classifier,
+    DirectConv,
     DirectDepthwise,
+    DirectFeedForward,
+    DirectPointwise,
     DirectScan,
+    DirectSqueezeExcite,
     DirectWavelet,
-    PackedConv,
-    PackedFeedForward,
-    PackedPointwise,
-    PackedSqueezeExcite,
 )
 
 
@@ -42,6 +42,7 @@ def count_macs(model: MobileMamba, image_size: int | tuple[int, int]) -> int:
         total += macs(module, output.shape)
 
     model = copy.deepcopy(model).eval()
+    model.graphs = None
     for module in model.modules():
         if type(module) in _MACS:
             module.register_forward_hook(count)
@@ -88,10 +89,10 @@ _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     GlobalOp: lambda module, shape: sum(_wavelet(conv.weight, shape) for conv in module.wavelet_convs),
     FusedGlobalOp: lambda module, shape: _wavelet(module.weight, shape),
     Classifier: lambda module, shape: module.macs,
-    PackedConv: _packed,
-    PackedPointwise: _packed,
-    PackedFeedForward: _packed,
-    PackedSqueezeExcite: lambda module, shape: module.macs,
+    DirectConv: _packed,
+    DirectPointwise: _packed,
+    DirectFeedForward: _packed,
+    DirectSqueezeExcite: lambda module, shape: module.macs,
     DirectDepthwise: _at_each_position("weight"),
     DirectScan: _packed,
     DirectWavelet: lambda module, shape: _wavelet(module.weight, shape),

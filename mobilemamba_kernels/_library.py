@@ -6,6 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,23 @@ except ImportError as error:
         stacklevel=2,
     )
 
+CUDA_ERROR: str | None = COMPILED_ERROR
+"""Why the CUDA C++ kernels are not available, or None where they are loaded."""
+
+if COMPILED_ERROR is None:
+    if not torch.cuda.is_available():
+        CUDA_ERROR = "PyTorch has no CUDA device"
+    else:
+        try:
+            importlib.import_module("mobilemamba_kernels._C_cuda")
+        except ImportError as error:
+            CUDA_ERROR = f"the CUDA C++ kernels are not loaded: {error}"
+
+TRITON = frozenset(path.stem for path in (Path(__file__).parent / "triton").glob("[!_]*.py"))
+"""The operators that have Triton kernels: each has a module of its name there."""
+
 LIBRARY = torch.library.Library("mobilemamba", "FRAGMENT")
+TRITON_LIBRARY = torch.library.Library("mobilemamba_triton", "FRAGMENT")
 KERNELS: dict[str, tuple[str, ...]] = {}
 """The declared operators, each with the types of device that have a kernel for its forward.
 
@@ -37,34 +54,37 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # type: ignore[attr-defi
 
 
 def define_operator(
-    name: str, schema: str, reference: _Function, fake: _Function, composed: _Function | None = None
-) -> _Function:
-    """Declare ``mobilemamba::<name>_fwd`` and its gradient ``mobilemamba::<name>_bwd``.
+    name: str,
+    schema: str,
+    reference: _Function,
+    fake: _Function,
+    composed: Callable[[str], _Function] | None = None,
+) -> dict[str, _Function]:
+    """Declare ``mobilemamba::<name>_fwd``, its gradient ``mobilemamba::<name>_bwd``, and both in ``mobilemamba_triton``.
 
     ``<name>_bwd(*grad_outputs, *inputs)`` returns a gradient for every tensor input, an empty tensor for an
     absent one. Both run the reference, or its vector-Jacobian product, on every device; the compiled parts
-    override either of them for a device with ``STABLE_TORCH_LIBRARY_IMPL``.
+    override either of them for a device with ``STABLE_TORCH_LIBRARY_IMPL``. In ``mobilemamba_triton`` they are
+    ``forward`` and ``backward`` of ``mobilemamba_kernels/triton/<name>.py``, where that exists.
 
     Args:
         name: the public function's name.
         schema: the arguments and results of the forward, in the syntax of ``torch.library``.
         reference: plain differentiable PyTorch with the arguments of ``schema``.
         fake: allocates the outputs (shape, dtype, strides) from the arguments of ``schema``.
-        composed: the reference on other operators' kernels. Its vector-Jacobian product is the gradient on CPUs with
-            compiled kernels, for an operator without a backward kernel of its own.
+        composed: gives for a backend the reference on other operators' kernels. Its vector-Jacobian product is the
+            gradient on that backend, for an operator without a backward kernel of its own.
 
     Returns:
-        The forward operator, differentiable once.
+        What runs the forward on each backend, differentiable once (the reference any number of times).
     """
     parsed = torch._C.parse_schema(f"{name}{schema}")
     arguments = [(a.name, str(a.type)) for a in parsed.arguments]
     tensors = [i for i, (_, kind) in enumerate(arguments) if kind in ("Tensor", "Optional[Tensor]")]
     outputs = len(parsed.returns)
-    qualified = f"mobilemamba::{name}"
     grads_in = ", ".join(f"Tensor grad_{i}" for i in range(outputs))
     grads_out = ", ".join("Tensor" for _ in tensors)
-    LIBRARY.define(f"{name}_fwd{schema}")
-    LIBRARY.define(f"{name}_bwd({grads_in}, {schema[1:].split('->')[0].rstrip()[:-1]}) -> ({grads_out})")
+    backward_schema = f"({grads_in}, {schema[1:].split('->')[0].rstrip()[:-1]}) -> ({grads_out})"
 
     def run_reference(*args: Any) -> Any:
         allocated, computed = fake(*args), reference(*args)
@@ -105,28 +125,11 @@ def define_operator(
             allocated[tensors.index(i)].copy_(gradient)
         return as_returned(allocated)
 
-    LIBRARY.impl(f"{name}_fwd", run_reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{name}_bwd", partial(run_vjp, reference), "CompositeExplicitAutograd")
-    if composed is not None and COMPILED_ERROR is None:
-        LIBRARY.impl(f"{name}_bwd", partial(run_vjp, composed), "CPU")
-    torch.library.register_fake(f"{qualified}_fwd", fake, lib=LIBRARY)
-    torch.library.register_fake(f"{qualified}_bwd", fake_backward, lib=LIBRARY)
-    forward = getattr(torch.ops.mobilemamba, f"{name}_fwd").default
-    backward = getattr(torch.ops.mobilemamba, f"{name}_bwd").default
-
-    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.save_for_backward(*(inputs[i] for i in tensors))
-        ctx.others = [None if i in tensors else value for i, value in enumerate(inputs)]
-
-    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = list(ctx.others)
-        for i, value in zip(tensors, ctx.saved_tensors, strict=True):
-            inputs[i] = value
-        result: list[Tensor | None] = [None] * len(inputs)
-        computed = backward(*grads, *inputs)
-        for i, grad in zip(tensors, (computed,) if len(tensors) == 1 else computed, strict=True):
-            result[i] = None if inputs[i] is None else grad
-        return tuple(result)
+    def run_triton(direction: str, *args: Any) -> Any:
+        module = importlib.import_module(f"mobilemamba_kernels.triton.{name}")
+        if direction == "backward" and not hasattr(module, "backward"):
+            return run_vjp(reference if composed is None else composed("triton"), *args)
+        return getattr(module, direction)(*args)
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
@@ -134,14 +137,47 @@ def define_operator(
             'mobilemamba_kernels.use_backend("reference")'
         )
 
-    torch.library.register_autograd(f"{qualified}_fwd", differentiate, setup_context=setup_context, lib=LIBRARY)
-    torch.library.register_autograd(f"{qualified}_bwd", refuse, lib=LIBRARY)
+    def declare(library: torch.library.Library, forward: _Function, backward: _Function) -> _Function:
+        qualified = f"{library.ns}::{name}"
+        library.define(f"{name}_fwd{schema}")
+        library.define(f"{name}_bwd{backward_schema}")
+        library.impl(f"{name}_fwd", forward, "CompositeExplicitAutograd")
+        library.impl(f"{name}_bwd", backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{qualified}_fwd", fake, lib=library)
+        torch.library.register_fake(f"{qualified}_bwd", fake_backward, lib=library)
+        gradient = getattr(getattr(torch.ops, library.ns), f"{name}_bwd").default
+
+        def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+            ctx.save_for_backward(*(inputs[i] for i in tensors))
+            ctx.others = [None if i in tensors else value for i, value in enumerate(inputs)]
+
+        def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            inputs = list(ctx.others)
+            for i, value in zip(tensors, ctx.saved_tensors, strict=True):
+                inputs[i] = value
+            result: list[Tensor | None] = [None] * len(inputs)
+            computed = gradient(*grads, *inputs)
+            for i, grad in zip(tensors, (computed,) if len(tensors) == 1 else computed, strict=True):
+                result[i] = None if inputs[i] is None else grad
+            return tuple(result)
+
+        torch.library.register_autograd(f"{qualified}_fwd", differentiate, setup_context=setup_context, lib=library)
+        torch.library.register_autograd(f"{qualified}_bwd", refuse, lib=library)
+        return getattr(getattr(torch.ops, library.ns), f"{name}_fwd").default
+
+    compiled = declare(LIBRARY, run_reference, partial(run_vjp, reference))
     KERNELS[name] = tuple(
         device
         for device in ("cpu", "cuda")
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", device.upper())
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"mobilemamba::{name}_fwd", device.upper())
     )
-    return forward
+    runs = {"reference": reference} | dict.fromkeys(KERNELS[name], compiled)
+    for device in KERNELS[name]:
+        if composed is not None:
+            LIBRARY.impl(f"{name}_bwd", partial(run_vjp, composed(device)), device.upper())
+    if name in TRITON:
+        runs["triton"] = declare(TRITON_LIBRARY, partial(run_triton, "forward"), partial(run_triton, "backward"))
+    return runs
 
 
 def cpu_capability() -> str:

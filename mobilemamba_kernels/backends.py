@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +19,29 @@ from mobilemamba_kernels import _library
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BUILT_BACKENDS = {"cpu": "cpu"}
-"""Device type of each backend that this version has kernels for."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs its kernels in its interpreter, which takes CPU tensors and is for tests alone."""
+
+TRITON_ERROR: str | None = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+"""Why Triton kernels cannot run, or None where they can."""
+
+PREFERENCES: tuple[tuple[str, int, str], ...] = (
+    # operator, from so many elements of its first argument on, backend. What is measured on a GPU belongs here; so far
+    # each operator prefers its hand-written kernel, and products, which CUDA C++ does not hold, are Triton's.
+    ("selective_scan", 0, "cuda"),
+    ("bidirectional_selective_scan", 0, "cuda"),
+    ("ss2d_bidirectional", 0, "cuda"),
+    ("haar_dwt2d", 0, "cuda"),
+    ("haar_idwt2d", 0, "cuda"),
+    ("wavelet_depthwise_conv2d", 0, "cuda"),
+    ("depthwise_conv2d_act", 0, "cuda"),
+    ("conv2d_act", 0, "triton"),
+    ("pointwise_conv2d_act", 0, "triton"),
+    ("feed_forward", 0, "triton"),
+    ("squeeze_excite", 0, "triton"),
+)
+"""Which backend comes first on CUDA tensors; the other one runs where it cannot, then the reference."""
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -53,31 +79,58 @@ def forced_backend() -> str | None:
 
 
 def choose(op: str, *tensors: Tensor | None) -> str:
-    """Return the backend that runs ``op`` on ``tensors``; the first one's device decides.
+    """Return the backend that runs ``op`` on ``tensors``; the first one's device, and size, decide.
 
     Raises:
         RuntimeError: a backend is forced that cannot run the call.
     """
     if _forced == "reference":
         return "reference"
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    reason = _why_not(op, device, {t.dtype for t in tensors if t is not None})
-    if _forced is not None and (BUILT_BACKENDS.get(_forced) != device or reason):
-        reason = reason or (
-            f"it runs on {BUILT_BACKENDS[_forced]} tensors and got {device} ones"
-            if _forced in BUILT_BACKENDS
-            else "this version has no such kernels"
-        )
-        raise RuntimeError(f'{op}: backend "{_forced}" is forced but cannot run this call: {reason}')
-    return "reference" if reason else device
+    first: Tensor = tensors[0]  # type: ignore[assignment]
+    device, dtypes = first.device.type, {t.dtype for t in tensors if t is not None}
+    if _forced is not None:
+        reason = _why_not(op, _forced, device, dtypes)
+        if reason:
+            raise RuntimeError(f'{op}: backend "{_forced}" is forced but cannot run this call: {reason}')
+        return _forced
+    return next((b for b in _candidates(op, device, first) if not _why_not(op, b, device, dtypes)), "reference")
 
 
-def _why_not(op: str, device: str, dtypes: set[torch.dtype]) -> str:
-    """Return why no kernel of ``op`` runs on such tensors, or an empty string when one does."""
-    if device == "cpu" and _library.COMPILED_ERROR:
-        return _library.COMPILED_ERROR
-    if device not in _library.KERNELS[op]:
-        return f"this version has no {device} kernel for it"
+def implementations(op: str) -> dict[str, Callable[..., Any]]:
+    """What runs ``op`` on each backend, below the checks of its public function; :func:`choose` says which one."""
+    return importlib.import_module(f"mobilemamba_kernels.ops.{op}")._run
+
+
+def _candidates(op: str, device: str, first: Tensor | None = None) -> tuple[str, ...]:
+    """The backends with kernels for a type of device, the preferred one (for the size of ``first``) first."""
+    if device == "cpu":
+        return ("cpu",)
+    if device != "cuda":
+        return ()
+    preferred = "cuda"
+    for name, least, backend in PREFERENCES:
+        if name == op and (least == 0 or (first is not None and first.numel() >= least)):
+            preferred = backend
+    return ("cuda", "triton") if preferred == "cuda" else ("triton", "cuda")
+
+
+def _why_not(op: str, backend: str, device: str, dtypes: set[torch.dtype]) -> str:
+    """Return why ``backend`` has no kernel of ``op`` for such tensors, or an empty string when it has one."""
+    if backend == "triton":
+        if TRITON_ERROR:
+            return TRITON_ERROR
+        if device != "cuda" and not (device == "cpu" and INTERPRETED):
+            return f"it runs on cuda tensors and got {device} ones"
+        if op not in _library.TRITON:
+            return "this version has no triton kernel for it"
+    else:
+        if backend != device:
+            return f"it runs on {backend} tensors and got {device} ones"
+        error = _library.CUDA_ERROR if backend == "cuda" else _library.COMPILED_ERROR
+        if error:
+            return error
+        if backend not in _library.KERNELS[op]:
+            return f"this version has no {backend} kernel for it"
     for dtype in dtypes:
         if dtype not in KERNEL_DTYPES:
             return f"the kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
@@ -115,14 +168,32 @@ def report() -> Report:
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():
                 continue
-            why = _why_not(op, device, set())
+            backend, reasons = "reference", []
+            for candidate in _candidates(op, device) if _forced is None else (_forced,):
+                reason = "" if candidate == "reference" else _why_not(op, candidate, device, set())
+                if not reason:
+                    backend = candidate
+                    break
+                reasons.append(f"{candidate}: {reason}" if device == "cuda" else reason)
+            else:
+                backend = "reference" if _forced is None else "none"  # a call raises
+            why = "; ".join(reasons)
             if _forced is not None and _forced != device:
                 why = f"backend {_forced!r} is forced"
-            backend = "reference" if why else device
-            if _forced not in (None, "reference") and BUILT_BACKENDS.get(_forced) != device:
-                backend = "none"  # a call raises: the forced backend cannot run it
-            detail = "plain PyTorch" if backend == "reference" else ""
-            if backend == "cpu":
-                detail = f"{_library.cpu_capability()}, {torch.get_num_threads()} threads"
-            rows.append(ReportRow(op, device, backend, detail, why))
+            rows.append(ReportRow(op, device, backend, _detail(backend), why))
     return rows
+
+
+def _detail(backend: str) -> str:
+    if backend == "reference":
+        return "plain PyTorch"
+    if backend == "cpu":
+        return f"{_library.cpu_capability()}, {torch.get_num_threads()} threads"
+    if backend == "triton":
+        return "Triton's interpreter, for tests" if INTERPRETED else f"triton {_triton_version()}"
+    return "CUDA C++" if backend == "cuda" else ""
+
+
+@functools.cache
+def _triton_version() -> str:
+    return importlib.metadata.version("triton")

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import mobilemamba_kernels
 from mobilemamba_kernels import _library, use_backend
+from mobilemamba_kernels.backends import forced_backend
 from mobilemamba_kernels.ops.conv2d_act import filter_size
 from mobilemamba_kernels.testing import (
     CASES,
@@ -52,7 +53,7 @@ def differentiate(case: Case, arguments: dict) -> tuple[tuple[Tensor, ...], dict
     results = case.run(arguments)
     generator = torch.Generator().manual_seed(1)
     # Rounded as float16 does, so that each dtype gets (nearly) the same.
-    grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).half().to(r.dtype) for r in results]
+    grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).half().to(r) for r in results]
     # The last state of an empty sequence is a constant.
     used = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
     found = torch.autograd.grad(
@@ -79,19 +80,19 @@ def reference(case: Case, arguments: dict, exact: bool = False) -> tuple[Tensor,
 
 
 @functools.lru_cache(maxsize=64)
-def truth(case: Case, dtype: torch.dtype, instruction_set: str):
+def truth(case: Case, dtype: torch.dtype, instruction_set: str, device: str = "cpu"):
     """Results and gradients of the reference: in float64, and in ``dtype``; weights packed for an instruction set."""
-    arguments = case.make(dtype)
+    arguments = case.make(dtype, device=device)
     with use_backend("reference"), one_thread():
         plain = differentiate(case, map_tensors(Tensor.clone, arguments))
         exact = differentiate(case, map_tensors(Tensor.double, arguments))
     return exact, plain
 
 
-def check_against_truth(case: Case, dtype: torch.dtype, layout: str) -> None:
+def check_against_truth(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
     instruction_set = "none" if _library.COMPILED_ERROR else _library.cpu_capability()
-    (exact, exact_grads), (plain, plain_grads) = truth(case, dtype, instruction_set)
-    results, grads = differentiate(case, case.make(dtype, layout))
+    (exact, exact_grads), (plain, plain_grads) = truth(case, dtype, instruction_set, device)
+    results, grads = differentiate(case, case.make(dtype, layout, device))
     for i, result in enumerate(results):
         assert_close(result, exact[i], plain[i], f"result {i}")
     for name, grad in grads.items():
@@ -153,11 +154,12 @@ def positional(case: Case, arguments: dict) -> tuple:
 
 
 def operator(case: Case, suffix: str):
-    return getattr(getattr(torch.ops.mobilemamba, f"{case.operator}_{suffix}"), "default")  # noqa: B009
+    namespace = torch.ops.mobilemamba_triton if forced_backend() == "triton" else torch.ops.mobilemamba
+    return getattr(getattr(namespace, f"{case.operator}_{suffix}"), "default")  # noqa: B009
 
 
-def run_opcheck(case: Case, dtype: torch.dtype, layout: str) -> None:
-    arguments = positional(case, case.make(dtype, layout))
+def run_opcheck(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
+    arguments = positional(case, case.make(dtype, layout, device))
     results = operator(case, "fwd")(*arguments)
     results = results if isinstance(results, tuple) else (results,)
     grads = tuple(torch.ones_like(r) for r in results)
@@ -177,7 +179,11 @@ def test_opcheck(case, layout):
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_strides_are_those_of_the_fake(case, dtype, layout):
     """Those of dimensions of size 1 too, which opcheck ignores and by which the next operator chooses its layout."""
-    arguments = positional(case, case.make(dtype, layout))
+    compare_strides(case, dtype, layout)
+
+
+def compare_strides(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
+    arguments = positional(case, case.make(dtype, layout, device))
     real = operator(case, "fwd")(*arguments)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = operator(case, "fwd")(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
@@ -204,9 +210,13 @@ def test_opcheck_everywhere(case, dtype, layout):
 
 @small_cases
 def test_reference_is_differentiable_twice(case):
+    check_derivatives_of_reference(case)
+
+
+def check_derivatives_of_reference(case: Case, device: str = "cpu") -> None:
     if max((t.numel() for t in tensors(case.make()).values()), default=0) > 2000:
         pytest.skip("too large for finite differences; a smaller case has every argument")
-    arguments = case.make(torch.float64)
+    arguments = case.make(torch.float64, device=device)
     names = [name for name, value in arguments.items() if isinstance(value, (Tensor, list))]
     leaves = tensors({name: arguments[name] for name in names})
 
@@ -240,11 +250,15 @@ def test_second_derivative_of_a_kernel_is_refused(case):
 @small_cases
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_non_finite_values_propagate(case, layout, instruction_set):
+    check_non_finite_values(case, layout)
+
+
+def check_non_finite_values(case: Case, layout: str, device: str = "cpu") -> None:
     for name, argument in case.arguments.items():
         if not getattr(argument, "positions", 0) or 0 in argument.shape:
             continue  # a parameter: whether a zero of the padding meets it is the implementation's choice
         for value in (math.nan, math.inf, -math.inf):
-            arguments = case.make(torch.float32, layout)
+            arguments = case.make(torch.float32, layout, device)
             arguments[name].select(0, 0).select(-1, argument.shape[-1] // 2).fill_(value)
             plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
             for i, result in enumerate(case.run(arguments)):
@@ -304,10 +318,10 @@ class AsModule(torch.nn.Module):
         return self.run(**arguments)
 
 
-def compare_compiled(case: Case, backend: str) -> None:
+def compare_compiled(case: Case, backend: str, device: str = "cpu") -> None:
     torch.compiler.reset()
     function = functools.partial(getattr(mobilemamba_kernels, case.op), **case.options)
-    arguments = {k: v for k, v in case.make().items() if k not in case.options}
+    arguments = {k: v for k, v in case.make(device=device).items() if k not in case.options}
     inputs = list(tensors(arguments).values())
     for tensor in inputs:
         tensor.requires_grad_()

@@ -334,7 +334,7 @@ def test_what_it_refuses():
         mobilemamba.optimize_for_inference(other)
     with pytest.raises(TypeError, match=r"dtype must be torch.float32 or torch.bfloat16, but is torch.float16"):
         mobilemamba.optimize_for_inference(model, torch.float16)
-    with pytest.raises(ValueError, match="must be on the CPU to be optimized for it, but is on meta"):
+    with pytest.raises(ValueError, match="must be on a CPU or a CUDA GPU to be optimized, but is on meta"):
         mobilemamba.optimize_for_inference(copy.deepcopy(model).to("meta"))
     optimized = mobilemamba.optimize_for_inference(model)
     with pytest.raises(ValueError, match="optimized already"):

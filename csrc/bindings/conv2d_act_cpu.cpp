@@ -98,6 +98,6 @@ Tensor conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, i
 }  // namespace
 }  // namespace mobilemamba
 
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mobilemamba, MOBILEMAMBA_DEVICE, m) {
   m.impl("conv2d_act_fwd", TORCH_BOX(&mobilemamba::conv2d_act_forward));
 }

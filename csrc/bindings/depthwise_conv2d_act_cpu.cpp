@@ -1,6 +1,5 @@
-// depthwise_conv2d_act_fwd on the CPU.
-#include "bindings/convolution.h"
-#include "include/depthwise_conv2d_act.h"
+// depthwise_conv2d_act on the CPU.
+#include "bindings/depthwise_conv2d_act.h"
 
 DECLARE_KERNEL(depthwise_conv2d_act, DepthwiseConv2dActParams)
 
@@ -30,37 +29,13 @@ void divide(DepthwiseConv2dActParams& p, int64_t lanes) {
   if (items < threads) p.rows = std::min(p.rows, ceil_div(p.out_height, ceil_div(threads, items)));
 }
 
-Tensor depthwise_conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride,
-                                    int64_t padding, std::string activation, std::optional<Tensor> residual) {
-  DepthwiseConv2dActParams p{};
-  p.x = map_of(x);
-  STD_TORCH_CHECK(weight.dim() == 4, "mobilemamba: weight must have four dimensions, got ", weight.dim());
-  p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
-  p.k = weight.size(2), p.stride = stride, p.padding = padding;
-  check_size(weight, 0, p.channels), check_size(weight, 1, 1), check_size(weight, 3, p.k);
-  if (bias) check_size(*bias, 0, p.channels);
-  p.out_height = output_size(p.height, p.k, stride, padding);
-  p.out_width = output_size(p.width, p.k, stride, padding);
-  Tensor y = empty_image(x, p.channels, p.out_height, p.out_width);
-  check_image(residual, y);
-  const Tensor filters = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
-  p.weight = elements(filters);
-  p.bias = elements(bias), p.bias_stride = mobilemamba::stride(bias, 0);
-  p.y = map_of(y);
-  if (residual) p.residual = map_of(*residual);
-  p.activation = activation_of(activation);
+}  // namespace
 
-  if (y.numel() == 0) return y;
+void run_depthwise_conv2d_act(DepthwiseConv2dActParams& p, const Tensor&) {
   const int64_t lanes = vector_lanes();
   divide(p, lanes);
   parallel(KERNEL(depthwise_conv2d_act), p, depthwise_items(p), p.rows * p.out_width * p.k * p.k * p.group / lanes,
            depthwise_scratch(p, lanes));
-  return y;
 }
 
-}  // namespace
 }  // namespace mobilemamba
-
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
-  m.impl("depthwise_conv2d_act_fwd", TORCH_BOX(&mobilemamba::depthwise_conv2d_act_forward));
-}

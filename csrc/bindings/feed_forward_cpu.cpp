@@ -51,6 +51,6 @@ Tensor feed_forward_forward(Tensor x, Tensor w1, std::optional<Tensor> b1, Tenso
 }  // namespace
 }  // namespace mobilemamba
 
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mobilemamba, MOBILEMAMBA_DEVICE, m) {
   m.impl("feed_forward_fwd", TORCH_BOX(&mobilemamba::feed_forward_forward));
 }

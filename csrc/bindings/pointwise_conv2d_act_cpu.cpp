@@ -41,6 +41,6 @@ Tensor pointwise_conv2d_act_forward(Tensor x, Tensor weight, std::optional<Tenso
 }  // namespace
 }  // namespace mobilemamba
 
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mobilemamba, MOBILEMAMBA_DEVICE, m) {
   m.impl("pointwise_conv2d_act_fwd", TORCH_BOX(&mobilemamba::pointwise_conv2d_act_forward));
 }

@@ -4,22 +4,19 @@
 #include "bindings/tensor.h"
 #include "include/selective_scan.h"
 
-DECLARE_KERNEL(selective_scan_fwd, SelectiveScanParams)
-DECLARE_KERNEL(selective_scan_bwd, SelectiveScanParams)
-
 namespace mobilemamba {
 
-// Runs the forward; params holds sizes, inputs and outputs.
-void run_scan(SelectiveScanParams& params);
+// Runs the forward; params holds sizes, inputs and outputs, `like` is on their device. Each device has its own.
+void run_scan(SelectiveScanParams& params, const Tensor& like);
 
-// The gradients that are sums, in float32, shaped as the arguments are.
+// The gradients that are sums, in float32, contiguous: as many elements as the arguments, in their order.
 struct ScanSums {
   Tensor A, B, C, D, delta_bias;
 };
-// Runs the backward; params holds sizes, inputs, and the gradients of u, delta and z.
+// Runs the backward; params holds sizes, inputs, and the gradients of u, delta and z. Each device has its own.
 ScanSums run_scan_backward(SelectiveScanParams& params, const Tensor& like);
 
-// A float32 sum in the dtype and strides of the argument that it belongs to; empty for an absent one.
+// A sum in the dtype and strides of the argument that it belongs to; empty for an absent one.
 Tensor like_argument(const Tensor& sum, const std::optional<Tensor>& argument, const Tensor& any);
 
 }  // namespace mobilemamba

@@ -39,6 +39,6 @@ Tensor squeeze_excite_forward(Tensor x, Tensor w1, std::optional<Tensor> b1, Ten
 }  // namespace
 }  // namespace mobilemamba
 
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mobilemamba, MOBILEMAMBA_DEVICE, m) {
   m.impl("squeeze_excite_fwd", TORCH_BOX(&mobilemamba::squeeze_excite_forward));
 }

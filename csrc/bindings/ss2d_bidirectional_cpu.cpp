@@ -1,8 +1,8 @@
-// ss2d_bidirectional_fwd on the CPU. Its gradient is composed in ops/ss2d_bidirectional.py around the scan's kernel.
+// SS2D's forward on the CPU.
 #include <vector>
 
 #include "bindings/products.h"
-#include "include/ss2d_bidirectional.h"
+#include "bindings/ss2d_bidirectional.h"
 
 DECLARE_KERNEL(ss2d_pack, Ss2dPackParams)
 DECLARE_KERNEL(ss2d_project, Ss2dParams)
@@ -13,14 +13,6 @@ namespace mobilemamba {
 namespace {
 
 constexpr int64_t kOperations = 80;  // of one channel at one position in the scan phase, by the vector
-
-// A tensor whose height and width are one dimension of positions, copied only if they are not.
-Tensor with_positions(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == t.size(3) * t.stride(3) ? t : torch::stable::contiguous(t);
-}
-Sequence map(const Tensor& t) {
-  return {elements(t), t.stride(0), t.stride(1), t.size(3) > 1 ? t.stride(3) : t.stride(2)};
-}
 
 // Floats between the phases, an image.
 int64_t between(const Ss2dParams& p) { return p.length * (p.columns + p.padded_dim); }
@@ -58,37 +50,24 @@ void run(Ss2dParams& p, int64_t batch) {
   parallel(KERNEL(ss2d_normalize), p, blocks, block_cost, 0);
 }
 
-Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A_log,
-                    Tensor D, Tensor norm_weight, Tensor norm_bias, double eps) {
-  STD_TORCH_CHECK(x.dim() == 4 && x_proj.dim() == 3 && dt_proj.dim() == 3 && A_log.dim() == 3,
-                  "mobilemamba: ss2d_bidirectional got a wrong rank");
-  Ss2dParams p{};
-  const int64_t batch = x.size(0);
-  p.dim = x.size(1), p.length = x.size(2) * x.size(3), p.rank = dt_proj.size(2), p.state = A_log.size(2);
-  STD_TORCH_CHECK(p.state >= 1 && p.state <= kMaxState, "mobilemamba: N must be between 1 and 256, got ", p.state);
-  const int64_t features = p.rank + 2 * p.state;
-  if (z)
-    for (int64_t i = 0; i < 4; ++i) check_size(*z, i, x.size(i));
-  check_size(x_proj, 0, 2), check_size(x_proj, 1, features), check_size(x_proj, 2, p.dim);
-  for (const Tensor& t : {dt_proj, A_log, dt_bias, D}) check_size(t, 0, 2), check_size(t, 1, p.dim);
-  check_size(norm_weight, 0, p.dim), check_size(norm_bias, 0, p.dim);
-  Tensor out = torch::stable::empty_like(x);
-  if (x.numel() == 0) return out;
+}  // namespace
 
+void run_ss2d(Ss2dArguments& a) {
+  Ss2dParams p{};
+  p.dim = a.dim(), p.length = a.length(), p.rank = a.rank(), p.state = a.state();
+  const int64_t features = p.rank + 2 * p.state;
   p.padded_dim = packed_vectors(p.dim) * kPackedLanes, p.columns = packed_vectors(2 * features) * kPackedLanes;
-  x = with_positions(x);
-  if (z) z = with_positions(*z);
-  const Tensor written = with_positions(out);  // out's strides are those of the x that came in
-  p.x = map(x), p.out = map(written);
-  if (z) p.z = map(*z);
-  p.eps = static_cast<float>(eps);
+  p.x = sequence_of(a.x), p.out = sequence_of(a.out);
+  if (a.z) p.z = sequence_of(*a.z);
+  p.eps = a.eps;
 
   const int64_t x_proj_size = p.columns * p.dim, plane = 2 * p.padded_dim;
   const int64_t size = x_proj_size + p.columns + plane * (p.state + p.rank + 2) + 2 * p.padded_dim;
   const Tensor packed = torch::stable::empty({size}, ScalarType::Float);
   float* next = static_cast<float*>(packed.data_ptr());
   const auto take = [&](int64_t floats) { return next += floats, next - floats; };
-  if (x_proj.stride(0) != features * x_proj.stride(1)) x_proj = torch::stable::contiguous(x_proj);
+  const bool one_dimension = a.x_proj.stride(0) == features * a.x_proj.stride(1);
+  const Tensor x_proj = one_dimension ? a.x_proj : torch::stable::contiguous(a.x_proj);
   p.x_proj = pack({elements(x_proj), x_proj.stride(1), x_proj.stride(2), 0, 0}, 2 * features, p.dim, 1, 1, false,
                   take(x_proj_size));
   p.x_proj.outputs = p.columns;
@@ -104,18 +83,13 @@ Tensor ss2d_forward(Tensor x, std::optional<Tensor> z, Tensor x_proj, Tensor dt_
         elements(t), planes, channel ? t.stride(0) : 0, t.stride(channel), count, t.dim() == 3 ? t.stride(2) : 0, to};
     return to;
   };
-  p.A = add(A_log, 2, p.state), p.dt_proj = add(dt_proj, 2, p.rank), p.dt_bias = add(dt_bias, 2, 1), p.D = add(D, 2, 1);
-  p.norm_weight = add(norm_weight, 1, 1), p.norm_bias = add(norm_bias, 1, 1);
+  p.A = add(a.A_log, 2, p.state), p.dt_proj = add(a.dt_proj, 2, p.rank), p.dt_bias = add(a.dt_bias, 2, 1),
+  p.D = add(a.D, 2, 1);
+  p.norm_weight = add(a.norm_weight, 1, 1), p.norm_bias = add(a.norm_bias, 1, 1);
   parallel(KERNEL(ss2d_pack), parameters, p.padded_dim / vector_lanes(), 4 * (p.rank + p.state),
            ss2d_pack_scratch(vector_lanes()));
 
-  run(p, batch);
-  if (written.data_ptr() != out.data_ptr()) torch::stable::copy_(out, written);
-  return out;
+  run(p, a.batch());
 }
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) { m.impl("ss2d_bidirectional_fwd", TORCH_BOX(&ss2d_forward)); }
 
 }  // namespace mobilemamba

@@ -21,9 +21,13 @@ namespace mobilemamba {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The elements of a CPU tensor of a type that the kernels take.
+// The elements of a tensor of this library's device, and of a type that the kernels take.
 inline Elements elements(const Tensor& t) {
+#ifdef MOBILEMAMBA_CUDA
+  STD_TORCH_CHECK(t.is_cuda(), "mobilemamba: the CUDA kernel got a tensor of another device; move all to one device");
+#else
   STD_TORCH_CHECK(t.is_cpu(), "mobilemamba: the CPU kernel got a tensor of another device; move it to the CPU");
+#endif
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,

@@ -16,6 +16,6 @@ struct HaarParams {
 // A work item is kLanes channels of an image (or of a strip of this many band rows of a large one).
 constexpr int64_t kHaarStrip = 64;
 
-constexpr int64_t half(int64_t size) { return size / 2 + size % 2; }
+ANYWHERE constexpr int64_t half(int64_t size) { return size / 2 + size % 2; }
 
 }  // namespace mobilemamba

@@ -11,8 +11,8 @@ struct ScanTensor {
   Elements elements;
   int64_t batch = 0, direction = 0, channel = 0, state = 0, position = 0;
 
-  explicit operator bool() const { return static_cast<bool>(elements); }
-  Elements at(int64_t b, int64_t k, int64_t c, int64_t n, int64_t l) const {
+  ANYWHERE explicit operator bool() const { return static_cast<bool>(elements); }
+  ANYWHERE Elements at(int64_t b, int64_t k, int64_t c, int64_t n, int64_t l) const {
     return elements + (b * batch + k * direction + c * channel + n * state + l * position);
   }
 };

@@ -3,19 +3,25 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define ANYWHERE __host__ __device__
+#else
+#define ANYWHERE
+#endif
+
 namespace mobilemamba {
 
 enum class DType : int8_t { kFloat32, kBFloat16, kFloat16 };
 
-constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+ANYWHERE constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A pointer to elements of a type that is known only when the kernel runs.
 struct Elements {
   void* data = nullptr;  // nullptr: the tensor is absent
   DType dtype = DType::kFloat32;
 
-  explicit operator bool() const { return data != nullptr; }
-  Elements operator+(int64_t elements) const {
+  ANYWHERE explicit operator bool() const { return data != nullptr; }
+  ANYWHERE Elements operator+(int64_t elements) const {
     return {static_cast<char*>(data) + elements * element_size(dtype), dtype};
   }
 };
@@ -25,8 +31,8 @@ struct Map {
   Elements elements;
   int64_t batch = 0, channel = 0, row = 0, column = 0;
 
-  explicit operator bool() const { return static_cast<bool>(elements); }
-  Elements at(int64_t b, int64_t c, int64_t y, int64_t x) const {
+  ANYWHERE explicit operator bool() const { return static_cast<bool>(elements); }
+  ANYWHERE Elements at(int64_t b, int64_t c, int64_t y, int64_t x) const {
     return elements + (b * batch + c * channel + y * row + x * column);
   }
 };

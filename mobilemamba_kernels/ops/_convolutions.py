@@ -17,8 +17,11 @@ def output_size(x: Tensor, k: int, stride: int, padding: int) -> tuple[int, int]
 
 def empty_image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     """A result (batch, channels, height, width) in the layout of ``x``: channels-last in, channels-last out."""
-    y = x.new_empty(x.shape[0], channels, height, width)
-    return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 and x.shape[1] > 1 else y
+    differ = channels != 1 and height * width != 1  # else both layouts are the same bytes
+    last = x.stride(1) == 1 and x.shape[1] > 1 and differ
+    layout = torch.channels_last if last else torch.contiguous_format
+    size = (x.shape[0], channels, height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int = 1) -> Tensor:

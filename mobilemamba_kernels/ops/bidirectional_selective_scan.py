@@ -63,9 +63,7 @@ def bidirectional_selective_scan(
     check_shape(op, "z", z, (batch, dim, length), "batch, dim, L")
     check_shape(op, "delta_bias", delta_bias, (2, dim), "2, dim")
     args = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
-    if choose(op, u, delta, A, B, C, D, z, delta_bias) == "reference":
-        return _reference(*args)
-    return _operator(*args)
+    return _run[choose(op, u, delta, A, B, C, D, z, delta_bias)](*args)
 
 
 def _reference(
@@ -113,7 +111,7 @@ def _fake(
     return torch.empty_like(u if u.ndim == 3 else u[:, 0])
 
 
-_operator = define_operator(
+_run = define_operator(
     "bidirectional_selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus) -> Tensor",

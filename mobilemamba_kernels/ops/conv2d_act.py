@@ -54,7 +54,7 @@ def conv2d_act(
     check_window(op, x, k, stride, padding)
     x = autocast(x)
     args = (x, weight, bias, stride, padding, activation)
-    return _reference(*args) if choose(op, x, weight, bias) == "reference" else _operator(*args)
+    return _run[choose(op, x, weight, bias)](*args)
 
 
 def filter_size(x: Tensor, weight: Tensor) -> int:
@@ -74,7 +74,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: 
     return empty_image(x, outputs_of(weight, bias), *output_size(x, filter_size(x, weight), stride, padding))
 
 
-_operator = define_operator(
+_run = define_operator(
     "conv2d_act",
     "(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, str activation) -> Tensor",
     _reference,

@@ -54,7 +54,7 @@ def depthwise_conv2d_act(
     check_shape(op, "residual", residual, out_shape, "batch, C, H', W'")
     x, residual = autocast(x), autocast(residual)
     args = (x, weight, bias, stride, padding, activation, residual)
-    return _reference(*args) if choose(op, x, weight, bias, residual) == "reference" else _operator(*args)
+    return _run[choose(op, x, weight, bias, residual)](*args)
 
 
 def _reference(
@@ -84,7 +84,7 @@ def _fake(
     return empty_image(x, x.shape[1], *output_size(x, weight.shape[2], stride, padding))
 
 
-_operator = define_operator(
+_run = define_operator(
     "depthwise_conv2d_act",
     "(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, str activation, Tensor? residual) -> Tensor",
     _reference,

@@ -50,7 +50,7 @@ def feed_forward(
     check_shape(op, "residual", residual, tuple(x.shape), "batch, C, H, W")
     x, residual = autocast(x), autocast(residual)
     args = (x, w1, b1, w2, b2, activation, residual)
-    return _reference(*args) if choose(op, x, w1, b1, w2, b2, residual) == "reference" else _operator(*args)
+    return _run[choose(op, x, w1, b1, w2, b2, residual)](*args)
 
 
 def _reference(
@@ -72,7 +72,7 @@ def _fake(x: Tensor, *others) -> Tensor:
     return torch.empty_like(x)
 
 
-_operator = define_operator(
+_run = define_operator(
     "feed_forward",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, Tensor? residual) -> Tensor",
     _reference,

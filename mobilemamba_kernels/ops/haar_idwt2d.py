@@ -40,7 +40,7 @@ def haar_idwt2d(bands: Tensor, size: tuple[int, int] | None = None) -> Tensor:
             f"{op}: size must be (H, W) with ⌈H/2⌉ = {h} and ⌈W/2⌉ = {w}, as the bands are; got ({height}, {width})"
         )
     args = (bands, height, width)
-    return _reference(*args) if choose(op, bands) == "reference" else _operator(*args)
+    return _run[choose(op, bands)](*args)
 
 
 def _reference(bands: Tensor, height: int, width: int) -> Tensor:
@@ -55,4 +55,4 @@ def _fake(bands: Tensor, height: int, width: int) -> Tensor:
     return bands.new_empty(bands.shape[0], bands.shape[1], height, width)
 
 
-_operator = define_operator("haar_idwt2d", "(Tensor bands, SymInt height, SymInt width) -> Tensor", _reference, _fake)
+_run = define_operator("haar_idwt2d", "(Tensor bands, SymInt height, SymInt width) -> Tensor", _reference, _fake)

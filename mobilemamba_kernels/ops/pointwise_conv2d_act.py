@@ -62,9 +62,7 @@ def pointwise_conv2d_act(
     first, residual = autocast(first), autocast(residual)
     second, third = (*map(autocast, others), None, None)[:2]
     args = (first, weight, bias, activation, residual, input_activation, second, third)
-    if choose(op, first, weight, bias, residual, second, third) == "reference":
-        return _reference(*args)
-    return _operator(*args)
+    return _run[choose(op, first, weight, bias, residual, second, third)](*args)
 
 
 def _reference(
@@ -95,7 +93,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *others) -> Tensor:
     return empty_image(x, outputs_of(weight, bias), *x.shape[2:])
 
 
-_operator = define_operator(
+_run = define_operator(
     "pointwise_conv2d_act",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, str input_activation, Tensor? second, "
     "Tensor? third) -> Tensor",

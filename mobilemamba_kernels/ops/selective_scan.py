@@ -53,10 +53,7 @@ def selective_scan_fn(
     """
     _check("selective_scan_fn", u, delta, A, B, C, D, z, delta_bias)
     args = (u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus))
-    if choose("selective_scan", u, delta, A, B, C, D, z, delta_bias) == "reference":
-        out, last = _reference(*args)
-    else:
-        out, last = _operator(*args)
+    out, last = _run[choose("selective_scan", u, delta, A, B, C, D, z, delta_bias)](*args)
     return (out, last) if return_last_state else out
 
 
@@ -199,7 +196,7 @@ def _fake(
     return torch.empty_like(u), last
 
 
-_operator = define_operator(
+_run = define_operator(
     "selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus) -> (Tensor, Tensor)",

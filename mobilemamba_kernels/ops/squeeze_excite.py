@@ -38,7 +38,7 @@ def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Ten
     check_pair(op, w1, b1, w2, b2, x.shape[1])
     x = autocast(x)
     args = (x, w1, b1, w2, b2)
-    return _reference(*args) if choose(op, *args) == "reference" else _operator(*args)
+    return _run[choose(op, *args)](*args)
 
 
 def _reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -52,7 +52,7 @@ def _fake(x: Tensor, *others) -> Tensor:
     return torch.empty_like(x)
 
 
-_operator = define_operator(
+_run = define_operator(
     "squeeze_excite",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     _reference,

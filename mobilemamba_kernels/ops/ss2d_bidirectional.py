@@ -79,9 +79,7 @@ def ss2d_bidirectional(
     check_shape(op, "norm_bias", norm_bias, (d,), "d")
     x, z = autocast(x), autocast(z)
     args = (x, z, x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, norm_weight, norm_bias, eps)
-    if choose(op, *args[:-1]) == "reference":
-        return _reference(*args)
-    return _operator(*args)
+    return _run[choose(op, *args[:-1])](*args)
 
 
 def _project(
@@ -124,14 +122,17 @@ def _with_scan(
 
 
 _reference = partial(_with_scan, scan._reference)
-_composed = partial(_with_scan, scan._operator)
+
+
+def _composed(backend: str) -> Callable[..., Tensor]:
+    return partial(_with_scan, scan._run[backend])
 
 
 def _fake(x: Tensor, *others) -> Tensor:
     return torch.empty_like(x)
 
 
-_operator = define_operator(
+_run = define_operator(
     "ss2d_bidirectional",
     "(Tensor x, Tensor? z, Tensor x_proj_weight, Tensor dt_proj_weight, Tensor dt_proj_bias, Tensor A_log, Tensor D, "
     "Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor",

@@ -62,7 +62,7 @@ def wavelet_depthwise_conv2d(
     check_shape(op, "base", base, tuple(x.shape), "batch, C, H, W")
     x, base = autocast(x), autocast(base)
     scales = [None if s is None else s.flatten() for s in scales]
-    run = _reference if choose(op, x, base, *weights, *scales) == "reference" else _operator
+    run = _run[choose(op, x, base, *weights, *scales)]
     if len(weights) == 1:
         return run(x, weights[0], scales[0], base)
     # The filtered bands of a level are linear in its raw bands, so deeper levels enter through the low-pass band alone.
@@ -95,7 +95,7 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor | None, base: Tensor | None) 
     return torch.empty_like(x)
 
 
-_operator = define_operator(
+_run = define_operator(
     "wavelet_depthwise_conv2d",
     "(Tensor x, Tensor weight, Tensor? scale, Tensor? base) -> Tensor",
     _reference,

@@ -1,4 +1,4 @@
-// bidirectional_selective_scan_fwd and _bwd on the CPU: the scan kernels with two directions.
+// bidirectional_selective_scan_fwd and _bwd: the scan kernels with two directions.
 #include <tuple>
 
 #include "bindings/selective_scan.h"
@@ -47,7 +47,7 @@ Tensor bidirectional_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor 
   SelectiveScanParams p = scan_params(u, delta, A, B, C, D, z, delta_bias, softplus);
   Tensor out = torch::stable::empty_like(u.dim() == 3 ? u : torch::stable::select(u, 1, 0));
   p.out = sequence(out);
-  run_scan(p);
+  run_scan(p, u);
   return out;
 }
 
@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bidir
   return {grad_u,
           grad_delta,
           like_argument(sums.A, A, u),
-          like_argument(torch::stable::squeeze(sums.B, 2), B, u),
-          like_argument(torch::stable::squeeze(sums.C, 2), C, u),
+          like_argument(sums.B, B, u),
+          like_argument(sums.C, C, u),
           like_argument(sums.D, D, u),
           grad_z,
           like_argument(sums.delta_bias, delta_bias, u)};
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bidir
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mobilemamba, MOBILEMAMBA_DEVICE, m) {
   m.impl("bidirectional_selective_scan_fwd", TORCH_BOX(&bidirectional_forward));
   m.impl("bidirectional_selective_scan_bwd", TORCH_BOX(&bidirectional_backward));
 }

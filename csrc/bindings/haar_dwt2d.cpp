@@ -1,7 +1,5 @@
-// haar_dwt2d_fwd and _bwd on the CPU. The transform is orthonormal: its gradient is its inverse.
+// haar_dwt2d_fwd and _bwd. The transform is orthonormal: its gradient is its inverse.
 #include "bindings/haar.h"
-#include "include/haar_dwt2d.h"
-#include "include/haar_idwt2d.h"
 
 namespace mobilemamba {
 namespace {
@@ -9,19 +7,19 @@ namespace {
 Tensor forward(Tensor x) {
   STD_TORCH_CHECK(x.dim() == 4, "mobilemamba: haar_dwt2d takes 4 dimensions");
   Tensor bands = torch::stable::new_empty(x, {x.size(0), x.size(1), 4, half(x.size(2)), half(x.size(3))});
-  run_haar(KERNEL(haar_dwt2d), x, bands);
+  run_haar_dwt2d(x, bands);
   return bands;
 }
 
 Tensor backward(Tensor grad_bands, Tensor x) {
   Tensor grad_x = torch::stable::empty_like(x);
-  run_haar(KERNEL(haar_idwt2d), grad_x, grad_bands);
+  run_haar_idwt2d(grad_x, grad_bands);
   return grad_x;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mobilemamba, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mobilemamba, MOBILEMAMBA_DEVICE, m) {
   m.impl("haar_dwt2d_fwd", TORCH_BOX(&forward));
   m.impl("haar_dwt2d_bwd", TORCH_BOX(&backward));
 }

@@ -1,0 +1,37 @@
+// The launchers that csrc/cuda gives to the bindings: each runs on a stream and returns what its launches returned.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "include/depthwise_conv2d_act.h"
+#include "include/haar.h"
+#include "include/selective_scan_cuda.h"
+#include "include/ss2d_normalize.h"
+#include "include/wavelet_depthwise_conv2d_cuda.h"
+
+namespace mobilemamba {
+
+cudaError_t depthwise_conv2d_act(const DepthwiseConv2dActParams& p, cudaStream_t stream);
+
+cudaError_t haar_dwt2d(const HaarParams& p, cudaStream_t stream);
+cudaError_t haar_idwt2d(const HaarParams& p, cudaStream_t stream);
+
+// Chooses the sizes of a launch on the current device, from the operands' sizes and `backward`.
+void plan_wavelet_depthwise_conv2d(WaveletDepthwiseConv2dCudaParams& p);
+cudaError_t wavelet_depthwise_conv2d_fwd(const WaveletDepthwiseConv2dCudaParams& p, cudaStream_t stream);
+// The gradients of weight and scale.
+cudaError_t wavelet_depthwise_conv2d_bwd(const WaveletDepthwiseConv2dCudaParams& p, cudaStream_t stream);
+
+// Chooses the sizes of a scan's launches on the current device, from the operands' sizes and `backward`.
+void plan_selective_scan(SelectiveScanCudaParams& p);
+cudaError_t selective_scan_fwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
+cudaError_t selective_scan_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
+// Fills chunk_decay, chunk_state and, before a backward, chunk_adjoint.
+cudaError_t selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t stream);
+// Before a backward with z: fills grad_z and gated.
+cudaError_t selective_scan_gate(const SelectiveScanCudaParams& p, cudaStream_t stream);
+cudaError_t partial_sums(const PartialSumsParams& p, cudaStream_t stream);
+
+cudaError_t ss2d_normalize(const Ss2dNormalizeParams& p, cudaStream_t stream);
+
+}  // namespace mobilemamba

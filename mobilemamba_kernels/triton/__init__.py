@@ -1,0 +1,1 @@
+"""Triton kernels of the operators: a module of its name for each, imported when it first runs."""

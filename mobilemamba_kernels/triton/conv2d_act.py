@@ -1,0 +1,114 @@
+"""Dense convolution as a product over taps and channels, with bias and activation.
+
+A program computes a tile of positions × outputs in float32 registers. It reads the maps where they lie: for each tap
+the channels of the pixels that it meets or, where channels are few, taps and channels as one depth. Neighbouring
+programs share their positions, so x and the result move once; pixels under several taps come out of L1 or L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mobilemamba_kernels.ops._convolutions import empty_image, output_size
+from mobilemamba_kernels.ops.conv2d_act import filter_size
+from mobilemamba_kernels.ops.pack_weight import outputs_of, unpack_weight
+from mobilemamba_kernels.triton._activations import activate
+from mobilemamba_kernels.triton._launch import Configuration, blocks, every_map, index_type, launch, record, strides_of
+from mobilemamba_kernels.triton._products import (
+    at_positions,
+    multiplication,
+    multiplied_as,
+    product,
+    product_tile,
+    vector_of,
+)
+from mobilemamba_kernels.triton._tiles import tile
+
+_FEW_CHANNELS = 15  # of which a tap alone is no depth for tensor cores
+
+
+@triton.jit
+def _kernel(
+    x, weight, bias, y, channels, outputs, height, width, out_height, out_width, count, stride, padding,
+    x_batch, x_channel, x_row, x_column,
+    w_output, w_depth, bias_output,
+    y_batch, y_output, y_row, y_column,
+    K: tl.constexpr, TAPS_IN_DEPTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    MULTIPLY: tl.constexpr, PRECISION: tl.constexpr, VECTOR: tl.constexpr,
+    POSITIONS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    channels, outputs = channels // VECTOR * VECTOR, outputs // VECTOR * VECTOR
+    m, o = tile(outputs, POSITIONS, OUTPUTS, INDEX)
+    held, wanted = m < count, o < outputs
+    column, row, batch = m % out_width, m // out_width % out_height, m // out_width // out_height
+    left, top = column * stride - padding, row * stride - padding
+    first = batch * x_batch + top * x_row + left * x_column
+    weight += tl.multiple_of(o * w_output, (VECTOR, VECTOR))
+    total = tl.zeros([POSITIONS, OUTPUTS], tl.float32)
+    lanes = tl.arange(0, DEPTH)[None, :]
+    steps = tl.cdiv(K * K * channels, DEPTH) if TAPS_IN_DEPTH else K * K * tl.cdiv(channels, DEPTH)
+    for step in range(steps):
+        if TAPS_IN_DEPTH:
+            place = step * DEPTH + lanes
+            tap, c = place // channels, place % channels
+            exists = tap < K * K
+        else:
+            tap = step // tl.cdiv(channels, DEPTH)
+            c = step % tl.cdiv(channels, DEPTH) * DEPTH + lanes
+            exists = c < channels
+            place = tap * channels + c
+        i, j = tap // K, tap % K
+        inside = held & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+        zero = tl.zeros([1, 1], INDEX)
+        offsets = tl.multiple_of(first + (i + zero) * x_row + (j + zero) * x_column, (VECTOR, VECTOR))
+        pixels = tl.load(x + offsets + c * x_channel, inside & exists, 0.0)
+        filters = tl.load(weight + tl.trans(place) * w_depth, wanted & tl.trans(exists), 0.0)
+        total = product(pixels.to(MULTIPLY), filters.to(MULTIPLY), total, PRECISION)
+    if bias is not None:
+        total += tl.load(bias + o * bias_output, wanted, 0.0).to(tl.float32)
+    total = activate(total, ACTIVATION)
+    y = at_positions(y, batch, row, column, y_batch, y_row, y_column, VECTOR)
+    tl.store(y + o * y_output, total.to(y.dtype.element_ty), held & wanted)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
+    batch, channels, height, width = x.shape
+    k, outputs = filter_size(x, weight), outputs_of(weight, bias)
+    out_height, out_width = output_size(x, k, stride, padding)
+    y = empty_image(x, outputs, out_height, out_width)
+    if not y.numel():
+        return y
+    filters = unpack_weight(weight, outputs, channels, k)
+    matrix = filters.permute(0, 2, 3, 1).reshape(outputs, k * k * channels)  # a copy, unless it is channels-last
+    count = batch * out_height * out_width
+    taps_in_depth = channels <= _FEW_CHANNELS
+    multiplied = multiplied_as(x.dtype, weight)
+    vector = 1 if taps_in_depth else vector_of((x, y), matrix, channels, outputs)
+    depth = k * k * channels if taps_in_depth else channels
+    positions, across, depth, num_warps = product_tile(count, outputs, depth, multiplied, vector)
+    multiply_type, precision = multiplication(multiplied)
+    launch(
+        _kernel, blocks(count, positions) * blocks(outputs, across),
+        x, matrix, bias, y, channels, outputs, height, width, out_height, out_width, count, stride, padding,
+        *x.stride(), *matrix.stride(), *strides_of(bias, 1), *y.stride(),
+        K=k, TAPS_IN_DEPTH=taps_in_depth, ACTIVATION=activation, MULTIPLY=multiply_type, PRECISION=precision,
+        VECTOR=vector, POSITIONS=positions, OUTPUTS=across, DEPTH=depth, INDEX=index_type(x, y), num_warps=num_warps,
+    )  # fmt: skip
+    return y
+
+
+def configurations() -> Iterator[Configuration]:
+    """The convolutions of S6's stem, with weights of the maps' dtype and of float32."""
+    for channels, outputs, size in ((3, 24, 224), (24, 48, 112), (48, 96, 56), (96, 192, 28)):
+        for batch in (1, 256):
+            for name, x in every_map(batch, channels, size, size):
+                for dtype in {x.dtype, torch.float32}:
+                    weight = torch.empty(outputs, channels, 3, 3, dtype=dtype, device="meta")
+                    bias = torch.empty(outputs, device="meta")
+                    title = f"conv2d_act-{name}-to{outputs}-{str(dtype).removeprefix('torch.')}"
+                    yield from record(title, forward, x, weight, bias, 2, 1, "relu")

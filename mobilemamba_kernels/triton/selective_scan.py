@@ -1,0 +1,97 @@
+"""Selective scan in one direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobilemamba_kernels.triton._launch import Configuration, record
+from mobilemamba_kernels.triton._scan import Scan, dense, every_sequence, gradient_of, run_backward, run_forward
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Scan:
+    B, C = (M.contiguous() if M.ndim == 2 else M.unsqueeze(1) if M.ndim == 3 else M for M in (B, C))
+    A = A.contiguous().unsqueeze(0)
+    return Scan(
+        u.unsqueeze(1), delta.unsqueeze(1), A, B, C, dense(D), z, dense(delta_bias), delta_softplus, shared=True
+    )
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The kernels of ``mobilemamba::selective_scan_fwd``."""
+    out = torch.empty_like(u)
+    last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32)
+    if not u.numel():
+        return out, last.zero_()
+    run_forward(_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus), out, last)
+    return out, last
+
+
+def backward(
+    grad_out: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> list[Tensor]:
+    """The kernels of ``mobilemamba::selective_scan_bwd``."""
+    if not u.numel():
+        return [u.new_empty(0) if t is None else torch.zeros_like(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
+    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
+    grad_z = None if z is None else torch.empty_like(z)
+    scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    sums = run_backward(scan, grad_out, grad_last.contiguous(), grad_u.unsqueeze(1), grad_delta.unsqueeze(1), grad_z)
+    return [
+        grad_u,
+        grad_delta,
+        gradient_of(A, sums.A, u),
+        gradient_of(B, sums.B, u),
+        gradient_of(C, sums.C, u),
+        gradient_of(D, sums.D, u),
+        u.new_empty(0) if grad_z is None else grad_z,
+        gradient_of(delta_bias, sums.bias, u),
+    ]
+
+
+def _both(*args: Any) -> None:
+    backward(*forward(*args), *args)
+
+
+def configurations() -> Iterator[Configuration]:
+    """What the launchers choose for the lengths, dtypes, layouts and variants that differ in their code."""
+    for name, empty in every_sequence():
+        for length, dim, N, optional in ((196, 320, 1, True), (196, 320, 16, False), (4096, 320, 1, True)):
+            u = empty(16, dim, length)
+            B, A, D = empty(16, 1, N, length), u.new_empty(dim, N, dtype=torch.float32), u.new_empty(dim).float()
+            given = (u, u, A, B, B, *((D, u, D) if optional else (None, None, None)), True)
+            yield from record(f"selective_scan-{length}-N{N}-{name}", partial(_both, *given))

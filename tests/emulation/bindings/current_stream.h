@@ -1,0 +1,13 @@
+// The CPU has one device and no streams.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace mobilemamba {
+
+struct CurrentStream {
+  explicit CurrentStream(int) {}
+  cudaStream_t stream() const { return nullptr; }
+};
+
+}  // namespace mobilemamba

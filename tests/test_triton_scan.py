@@ -1,0 +1,33 @@
+"""Triton's scans of sequences longer than one tile, at sizes that its interpreter bears."""
+
+import pytest
+import test_ops
+import torch
+
+from mobilemamba_kernels.backends import forced_backend
+from mobilemamba_kernels.testing import BUILDERS, Case
+
+pytestmark = pytest.mark.skipif(forced_backend() != "triton", reason="needs MOBILEMAMBA_BACKEND=triton")
+
+LONG = [
+    BUILDERS["selective_scan_fn"](1, 6, 19, 2, bc="2", has="Dzbsl"),
+    BUILDERS["selective_scan_fn"](2, 3, 17, 1, bc="DN", has="bl"),
+    BUILDERS["bidirectional_selective_scan"](1, 5, 19, 2, has="Dzbs"),
+    BUILDERS["bidirectional_selective_scan"](2, 5, 17, 1, two_inputs=True, has="b"),
+    BUILDERS["ss2d_bidirectional"](1, 7, 4, 5, rank=2, state=2),
+]
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of eight positions."""
+    from mobilemamba_kernels.triton import _scan
+
+    monkeypatch.setattr(_scan, "_config", lambda scan, longest: (8, 8 // _scan.RUN, 1))
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.usefixtures("short_chunks")
+def test_chunks(case: Case, layout: str) -> None:
+    test_ops.check_against_truth(case, torch.float32, layout)

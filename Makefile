@@ -1,6 +1,8 @@
 ## make demo        train a small network on handwritten digits, show what it predicts and how fast it is
-## make test        every test but the exhaustive cases
+## make test        every test but the exhaustive cases, with a part of test-cuda and of test-triton
 ## make test-full   every test
+## make test-cuda   operators on the CUDA kernels, emulated on the CPU; SANITIZER=address,undefined or thread
+## make test-triton operators on the Triton kernels, in its interpreter
 ## make test-torch  one wheel, built against torch $(TORCH), tested on torch VERSION (newest, or for example 2.11.0)
 ## make sanitize    operators under AddressSanitizer and UBSan (gcc), FUZZ good and FUZZ bad calls an operator
 ## make bench       times of the operators beside plain PyTorch
@@ -11,7 +13,7 @@
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help build wheel demo test test-full test-torch sanitize bench lint
+.PHONY: help build wheel demo test test-full test-cuda test-triton test-torch sanitize bench lint
 
 PYTHON ?= python3
 TORCH := 2.13.0
@@ -29,11 +31,12 @@ DEV := .env-dev/bin/python
 	rm -rf .env-dev
 	$(PYTHON) -m venv .env-dev
 	$(DEV) -m pip install -q torch==$(TORCH) 'setuptools>=77' ninja
-	$(DEV) -m pip install -q --no-build-isolation -e '.[test,demo,lint]'
+	$(DEV) -m pip install -q --no-build-isolation -e '.[test,demo,lint,triton]'
 	touch $@
 
+# One architecture is enough to see that everything compiles; a wheel has all.
 build: .env-dev/stamp
-	$(DEV) setup.py -q build_ext --inplace
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(DEV) setup.py -q build_ext --inplace
 
 # setuptools would pack what an earlier build left in build/lib, hence the rm.
 wheel: .env-dev/stamp
@@ -51,9 +54,30 @@ CHECK := .env-torch-$(VERSION)
 
 test: build
 	$(DEV) -m pytest
+	$(MAKE) --no-print-directory test-cuda test-triton PART='$(PART)'
 
 test-full: build
 	$(DEV) -m pytest --full
+	$(MAKE) --no-print-directory test-cuda test-triton PART='$(ALL)'
+	$(MAKE) --no-print-directory test-cuda SANITIZER=address,undefined
+	$(MAKE) --no-print-directory test-cuda SANITIZER=thread
+
+# The kernels for GPUs, without one. Threads and interpreters are slow: PART is the selection.
+ALL := not benchmark and not exports and not twice and not identity and not threads
+PART := ((forward_and_gradients and float32 and channels_last) or (forward_and_gradients and bfloat16 and channels_first) \
+	or (opcheck and not everywhere) or non_finite or every_element) and not benchmark and not N256 and not 300
+SANITIZER :=
+runtime = $(shell $(CXX) -print-file-name=lib$1.so)
+PRELOADED := $(if $(findstring address,$(SANITIZER)),$(call runtime,asan) $(call runtime,ubsan) $(call runtime,stdc++),\
+	$(if $(findstring thread,$(SANITIZER)),$(call runtime,tsan)))
+test-cuda: .env-dev/stamp
+	PYTHONPATH=tests MOBILEMAMBA_EMULATION=$(SANITIZER) LD_PRELOAD="$(PRELOADED)" PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+		$(DEV) -m pytest --capture=sys -p emulation.plugin tests/test_ops.py -k '$(PART)'
+
+test-triton: .env-dev/stamp
+	TRITON_INTERPRET=1 MOBILEMAMBA_BACKEND=triton $(DEV) -m pytest tests/test_ops.py tests/test_triton_scan.py -k '$(PART)'
 
 # Tests of an installed or separately built package run from a copy of tests/, beside which there is no source. First
 # comes which package and torch they get; without the compiled part its import warns, which is an error here.

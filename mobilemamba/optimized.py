@@ -240,7 +240,7 @@ class DirectScan(Direct):
 
     def __init__(self, layer: SS2D, target: _Target) -> None:
         parameters = {
-            "x_proj_weight": layer.x_proj_weight,
+            "x_proj_weight": layer.x_proj_weight.to(target.map_dtype),
             "dt_proj_weight": layer.dt_projs_weight,
             "dt_proj_bias": layer.dt_projs_bias,
             "A_log": layer.A_logs.unflatten(0, (2, -1)),

@@ -1,18 +1,35 @@
 // SS2D's forward on a GPU: the library's product, the scan with Δ computed in it, LayerNorm and gate.
+#include <array>
+
 #include "bindings/selective_scan_cuda.h"
 #include "bindings/ss2d_bidirectional.h"
 #include "cuda/launchers.h"
 
 namespace mobilemamba {
+namespace {
+
+// W · u in float32: (batch, features, length) of W (features, dim) and u (batch, dim, length). Where both have the same
+// 16 bits they are multiplied in those; else in float32, for which u is converted.
+Tensor project(const Tensor& W, const Tensor& u) {
+  using torch::stable::detail::from;
+  const bool dense = u.stride(1) == 1 && u.stride(0) == u.size(2) * u.stride(2);
+  if (W.scalar_type() == ScalarType::Float || W.scalar_type() != u.scalar_type() || !dense)
+    return torch::stable::matmul(torch::stable::to(W, ScalarType::Float), torch::stable::to(u, ScalarType::Float));
+  const Tensor tokens = torch::stable::flatten(torch::stable::transpose(u, 1, 2), 0, 1);
+  std::array<StableIValue, 3> stack{from(tokens), from(torch::stable::transpose(W, 0, 1)), from(ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  const Tensor rows = torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::transpose(torch::stable::view(rows, {u.size(0), u.size(2), W.size(0)}), 1, 2);
+}
+
+}  // namespace
 
 void run_ss2d(Ss2dArguments& a) {
   const OnDeviceOf device(a.x);
   const int64_t rank = a.rank(), state = a.state(), features = rank + 2 * state;
   const Tensor u = torch::stable::flatten(a.x, 2, 3);
   // (batch, 2 features, length), float32: for each direction dt_low, B, C.
-  const Tensor projected =
-      torch::stable::matmul(torch::stable::flatten(torch::stable::to(a.x_proj, ScalarType::Float), 0, 1),
-                            torch::stable::to(u, ScalarType::Float));
+  const Tensor projected = project(torch::stable::flatten(a.x_proj, 0, 1), u);
   const auto rows = [&](int64_t first) {
     const Elements e = elements(projected) + first * projected.stride(1);
     return ScanTensor{e, projected.stride(0), features * projected.stride(1),

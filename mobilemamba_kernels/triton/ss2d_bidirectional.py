@@ -92,6 +92,15 @@ def _normalize(y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: f
     )
 
 
+def _project(weight: Tensor, u: Tensor) -> Tensor:
+    """weight (features, d) · u (batch, d, L) in float32; in 16 bits where both have the same, as only GPUs can."""
+    tokens = u.transpose(1, 2)
+    if weight.dtype == u.dtype != torch.float32 and tokens.is_contiguous() and u.device.type != "cpu":
+        rows = torch.mm(tokens.flatten(0, 1), weight.t(), out_dtype=torch.float32)
+        return rows.unflatten(0, tokens.shape[:2]).transpose(1, 2)
+    return torch.matmul(weight.float(), u.float())
+
+
 def forward(
     x: Tensor,
     z: Tensor | None,
@@ -110,7 +119,7 @@ def forward(
         return out
     u = x.flatten(2)  # a copy where rows and columns are not one dimension of positions
     rank, state = dt_proj_weight.shape[2], A_log.shape[2]
-    projected = torch.matmul(x_proj_weight.float().flatten(0, 1), u.float()).unflatten(1, (2, -1))
+    projected = _project(x_proj_weight.flatten(0, 1), u).unflatten(1, (2, -1))
     dt_low, B, C = projected.split((rank, state, state), dim=2)
     scan = Scan(
         u.unsqueeze(1).expand(-1, 2, -1, -1),

@@ -37,7 +37,8 @@ def compile_all(folder: Path, output: Path, sources: list[Path], flags: list[str
     lines += [f"build {obj}: compile {source}" for obj, source in zip(objects, sources, strict=True)]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
-    subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer
+    subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], check=True, env=environment)
     return output
 
 
@@ -47,11 +48,12 @@ def build(sanitizer: str = "") -> Path:
     headers = [*include_paths(), sysconfig.get_path("include")]
     flags = [*STABLE_ABI, "-DMOBILEMAMBA_DEVICE=CPU", *(f"-isystem{path}" for path in headers)]
     flags += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer"] if sanitizer else []
+    link = [f"-fsanitize={sanitizer}"] if sanitizer else []
     flags += ["-fno-sanitize-recover=all"] if "undefined" in sanitizer else []
     bindings = [path for path in (ROOT / "csrc" / "bindings").glob("*.cpp") if not path.stem.endswith("_cpu")]
     sources = [path for path in bindings if path.stem != "module_cuda"]
     sources += [*(ROOT / "csrc" / "cuda").glob("*_kernel.cu"), HERE / "module.cpp"]
-    link = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"]
+    link += ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"]
     return compile_all(folder, folder / "_C.abi3.so", sorted(sources), flags, link)
 
 

@@ -1,0 +1,129 @@
+"""Compile every GPU kernel ahead of time, without a GPU, and tell what each takes of a processor.
+
+``python benchmarks/compile_kernels.py cuda|triton [--arch 80 90 100] [--match TEXT] [--output FILE]`` prints a JSON line
+a kernel: registers, spilled bytes, static and dynamic shared memory where it is known, and the warps that fit a
+processor by registers (theoretical occupancy). It exits with 1 where a kernel spills.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OPERATORS = [
+    *("selective_scan", "bidirectional_selective_scan", "ss2d_bidirectional"),
+    *("haar_dwt2d", "haar_idwt2d", "wavelet_depthwise_conv2d", "depthwise_conv2d_act"),
+    *("conv2d_act", "pointwise_conv2d_act", "feed_forward", "squeeze_excite"),
+]
+
+
+def occupancy(registers: int, arch: int) -> int:
+    """Warps that a multiprocessor's 65536 registers hold, given out in units of 256 a warp."""
+    most = 48 if arch in (86, 89, 120) else 64
+    return min(most, 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4)
+
+
+def resources(report: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """(mangled name, registers and spills) of each entry in what ``ptxas -v`` printed."""
+    name = ""
+    spilled = 0
+    for line in report.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            name = found[1]
+        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled = int(found[1]) + int(found[2])
+        elif found := re.search(r"Used (\d+) registers", line):
+            yield name, {"registers": int(found[1]), "spilled_bytes": spilled}
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Names as C++ writes them, without namespaces and arguments."""
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    short = [re.sub(r"\(mobilemamba::.*|\(anonymous namespace\)::|mobilemamba::|^void ", "", name) for name in done]
+    return dict(zip(names, short, strict=True))
+
+
+def compile_cuda(archs: list[int], match: str) -> Iterator[dict[str, Any]]:
+    """Every kernel of csrc/cuda."""
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*_kernel.cu")):
+        if match not in source.stem:
+            continue
+        for arch in archs:
+            command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
+            command += ["-c", str(source), "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{source.name} does not compile for sm_{arch}: {done.stderr[-2000:]}")
+            entries = list(resources(done.stderr))
+            names = demangle([name for name, _ in entries])
+            for name, used in entries:
+                row = {"backend": "cuda", "kernel": names[name], "file": source.name, "arch": arch, **used}
+                yield row | {"warps": occupancy(used["registers"], arch)}
+
+
+def compile_triton(archs: list[int], match: str) -> Iterator[dict[str, Any]]:
+    """Every configuration that the Triton launchers list."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    ptxas = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
+    seen = set()
+    for operator in OPERATORS:
+        module = importlib.import_module(f"mobilemamba_kernels.triton.{operator}")
+        for name, kernel, signature, constants, warps in module.configurations():
+            if match not in name:
+                continue
+            # As the launcher does for tensors that PyTorch allocated: pointers are multiples of 16 bytes.
+            aligned = {
+                (i,): [["tt.divisibility", 16]]
+                for i, parameter in enumerate(kernel.arg_names)
+                if str(signature[parameter]).startswith("*")
+            }
+            for arch in archs:
+                key = (kernel.fn.__name__, str(signature), str(constants), warps, arch)
+                if key in seen:
+                    continue
+                seen.add(key)
+                source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+                with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+                    file.write(compiled.asm["ptx"])
+                    file.flush()
+                    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])
+                    assert target is not None
+                    command = [str(ptxas), "-v", f"-arch={target[1]}", file.name, "-o", "/dev/null"]
+                    done = subprocess.run(command, capture_output=True, text=True, check=True)
+                ((_, used),) = resources(done.stderr)
+                row = {"backend": "triton", "kernel": name, "arch": arch, "num_warps": warps, **used}
+                row["shared_bytes"] = compiled.metadata.shared
+                yield row | {"warps": occupancy(used["registers"], arch) // warps * warps}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", choices=("cuda", "triton"))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--match", default="", help="only kernels with this in their name (Triton), or file (CUDA)")
+    parser.add_argument("--output", type=Path, help="append the lines to this file too")
+    given = parser.parse_args()
+    spilled = 0
+    for row in {"cuda": compile_cuda, "triton": compile_triton}[given.backend](given.arch, given.match):
+        line = json.dumps(row)
+        print(line, flush=True)
+        if given.output:
+            with given.output.open("a") as file:
+                file.write(line + "\n")
+        spilled += row["spilled_bytes"] > 0
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

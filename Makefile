@@ -54,7 +54,8 @@ CHECK := .env-torch-$(VERSION)
 
 test: build
 	$(DEV) -m pytest
-	$(MAKE) --no-print-directory test-cuda test-triton PART='$(PART)'
+	$(MAKE) --no-print-directory test-cuda
+	$(MAKE) --no-print-directory test-triton PART='$(SMALL)'
 
 test-full: build
 	$(DEV) -m pytest --full
@@ -66,6 +67,8 @@ test-full: build
 ALL := not benchmark and not exports and not twice and not identity and not threads
 PART := ((forward_and_gradients and float32 and channels_last) or (forward_and_gradients and bfloat16 and channels_first) \
 	or (opcheck and not everywhere) or non_finite or every_element) and not benchmark and not N256 and not 300
+SMALL := forward_and_gradients and ((float32 and channels_last) or (bfloat16 and channels_first)) \
+	and not benchmark and not N256 and not 300 and not 37x and not x37 and not levels
 SANITIZER :=
 runtime = $(shell $(CXX) -print-file-name=lib$1.so)
 PRELOADED := $(if $(findstring address,$(SANITIZER)),$(call runtime,asan) $(call runtime,ubsan) $(call runtime,stdc++),\
@@ -119,4 +122,4 @@ lint: .env-dev/stamp
 	.env-dev/bin/ruff check
 	.env-dev/bin/ruff format --check
 	.env-dev/bin/mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs .env-dev/bin/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs .env-dev/bin/clang-format --dry-run -Werror

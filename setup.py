@@ -1,7 +1,7 @@
 """Builds mobilemamba_kernels._C and, where there is a CUDA compiler, mobilemamba_kernels._C_cuda, with ninja.
 
-_C: every file of csrc/cpu once per instruction set, and the bindings. _C_cuda: csrc/cuda by nvcc for every architecture,
-and the bindings again. A binding whose name ends in _cpu or _cuda belongs to that library alone.
+_C: every file of csrc/cpu once per instruction set, and the bindings. _C_cuda: csrc/cuda by nvcc for every
+architecture, and the bindings again. A binding whose name ends in _cpu or _cuda belongs to that library alone.
 """
 
 import importlib.util
@@ -44,8 +44,8 @@ def find_cuda():
         sys.exit(f"mobilemamba: MOBILEMAMBA_CUDA must be 0, 1 or unset, but is {wanted!r}")
     if wanted == "0":
         return None
-    nvcc = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    places = [home] if home else [nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
     parts = ("bin/nvcc", "include/cuda_runtime.h")
     found = next((Path(place) for place in places if place and all((Path(place) / p).exists() for p in parts)), None)
     if found is None and wanted == "1":

@@ -1,8 +1,8 @@
 """Compile every GPU kernel ahead of time, without a GPU, and tell what each takes of a processor.
 
-``python benchmarks/compile_kernels.py cuda|triton [--arch 80 90 100] [--match TEXT] [--output FILE]`` prints a JSON line
-a kernel: registers, spilled bytes, static and dynamic shared memory where it is known, and the warps that fit a
-processor by registers (theoretical occupancy). It exits with 1 where a kernel spills.
+``python benchmarks/compile_kernels.py cuda|triton`` prints a JSON line a kernel: registers, spilled bytes, shared memory
+where it is fixed, and the warps that fit a processor by registers (theoretical occupancy). It exits with 1 where a kernel
+spills. ``python benchmarks/compile_kernels.py table FILE…`` makes a table of such lines.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def compile_cuda(archs: list[int], match: str) -> Iterator[dict[str, Any]]:
                 yield row | {"warps": occupancy(used["registers"], arch)}
 
 
-def compile_triton(archs: list[int], match: str) -> Iterator[dict[str, Any]]:
+def compile_triton(archs: list[int], *matches: str) -> Iterator[dict[str, Any]]:
     """Every configuration that the Triton launchers list."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -78,21 +78,15 @@ def compile_triton(archs: list[int], match: str) -> Iterator[dict[str, Any]]:
     seen = set()
     for operator in OPERATORS:
         module = importlib.import_module(f"mobilemamba_kernels.triton.{operator}")
-        for name, kernel, signature, constants, warps in module.configurations():
-            if match not in name:
+        for name, kernel, signature, constants, multiples, warps in module.configurations():
+            if not all(match in name for match in matches):
                 continue
-            # As the launcher does for tensors that PyTorch allocated: pointers are multiples of 16 bytes.
-            aligned = {
-                (i,): [["tt.divisibility", 16]]
-                for i, parameter in enumerate(kernel.arg_names)
-                if str(signature[parameter]).startswith("*")
-            }
             for arch in archs:
-                key = (kernel.fn.__name__, str(signature), str(constants), warps, arch)
+                key = (kernel.fn.__name__, str(signature), str(constants), str(multiples), warps, arch)
                 if key in seen:
                     continue
                 seen.add(key)
-                source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+                source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
                 compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
                 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
                     file.write(compiled.asm["ptx"])
@@ -107,13 +101,47 @@ def compile_triton(archs: list[int], match: str) -> Iterator[dict[str, Any]]:
                 yield row | {"warps": occupancy(used["registers"], arch) // warps * warps}
 
 
+def table(files: list[Path]) -> str:
+    """Markdown of the lines in files: the worst of each kernel on each architecture."""
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    archs = sorted({row["arch"] for row in rows})
+    worst: dict[str, dict[int, tuple[int, int]]] = {}
+    count: dict[str, int] = {}
+    for row in rows:
+        name = row["file"].removesuffix("_kernel.cu") + ": " + row["kernel"] if "file" in row else row["kernel"]
+        if row["backend"] == "triton":
+            operator, kernel = row["kernel"].split("-")[0], row["kernel"].rsplit("-", 1)[1]
+            name = f"{operator}: {kernel.strip('_')} ({row['num_warps']} warps)"
+        name = f"{row['backend']} {name}"
+        count[name] = count.get(name, 0) + 1
+        kernel_worst = worst.setdefault(name, {})
+        registers, spilled = kernel_worst.get(row["arch"], (0, 0))
+        kernel_worst[row["arch"]] = max(registers, row["registers"]), max(spilled, row["spilled_bytes"])
+    lines = [
+        "| kernel | compiled | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
+        "|---" * (len(archs) + 2) + "|",
+    ]
+    for name, found in sorted(worst.items()):
+        cells = []
+        for arch in archs:
+            registers, spilled = found.get(arch, (0, 0))
+            spills = f", {spilled} bytes spilled" if spilled else ""
+            cells.append(f"{registers} ({occupancy(registers, arch)}{spills})" if registers else "")
+        lines.append(f"| {name} | {count[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backend", choices=("cuda", "triton"))
+    parser.add_argument("backend", choices=("cuda", "triton", "table"))
+    parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--match", default="", help="only kernels with this in their name (Triton), or file (CUDA)")
+    parser.add_argument("--match", default="", help="only kernels with this in their name (Triton) or file's (CUDA)")
     parser.add_argument("--output", type=Path, help="append the lines to this file too")
     given = parser.parse_args()
+    if given.backend == "table":
+        print(table(given.files))
+        return 0
     spilled = 0
     for row in {"cuda": compile_cuda, "triton": compile_triton}[given.backend](given.arch, given.match):
         line = json.dumps(row)

@@ -60,7 +60,7 @@ def define_operator(
     fake: _Function,
     composed: Callable[[str], _Function] | None = None,
 ) -> dict[str, _Function]:
-    """Declare ``mobilemamba::<name>_fwd``, its gradient ``mobilemamba::<name>_bwd``, and both in ``mobilemamba_triton``.
+    """Declare ``mobilemamba::<name>_fwd``, its gradient ``mobilemamba::<name>_bwd``, and both for Triton.
 
     ``<name>_bwd(*grad_outputs, *inputs)`` returns a gradient for every tensor input, an empty tensor for an
     absent one. Both run the reference, or its vector-Jacobian product, on every device; the compiled parts

@@ -27,17 +27,25 @@ def setup_py(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the source tree with one small kernel for the many of csrc."""
+    """A copy of the source tree with one small kernel for the many of csrc, on a CPU and on a GPU."""
     tree = tmp_path / "tree"
     without = shutil.ignore_patterns("*.so", "__pycache__")
     for folder in ("mobilemamba", "mobilemamba_kernels", "csrc/include"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=without)
-    for file in ("setup.py", "pyproject.toml", "LICENSE", "csrc/bindings/module.cpp"):
+    for file in (
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "csrc/bindings/module_cpu.cpp",
+        "csrc/bindings/module_cuda.cpp",
+    ):
         (tree / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tree / file)
     (tree / "csrc/cpu").mkdir()
     (tree / "csrc/cpu/small_kernel.cpp").write_text('#include "include/small.h"\n')
     (tree / "csrc/include/small.h").write_text("")
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/small_kernel.cu").write_text("__global__ void small_kernel() {}\n")
     return tree
 
 
@@ -48,7 +56,7 @@ def test_compiles_again_only_what_changed(tree):
         return {path.name: path.stat().st_mtime_ns for path in (tree / "build/ninja").glob("*.o")}
 
     first = build()
-    assert "module.o" in first
+    assert "module_cpu.o" in first
     assert "small_kernel.default.o" in first
     assert build() == first
     (tree / "csrc/include/small.h").write_text("// changed\n")
@@ -78,6 +86,36 @@ def test_a_compiler_that_does_not_exist_is_named(tree):
     done = setup_py(tree, "bdist_wheel", CXX="no-such-compiler -O2")
     assert done.returncode != 0
     assert "mobilemamba: CXX='no-such-compiler -O2' names no program that can be run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_kernels_are_in_the_same_wheel(tree):
+    """Built without a GPU, and importable beside a torch without CUDA's libraries or with them."""
+    done = setup_py(tree, "bdist_wheel", TORCH_CUDA_ARCH_LIST="9.0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert "mobilemamba_kernels/_C_cuda.abi3.so" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_cuda_can_be_left_out(tree):
+    done = setup_py(tree, "bdist_wheel", MOBILEMAMBA_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert not any("_C_cuda" in name for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"MOBILEMAMBA_CUDA": "1", "CUDA_HOME": "/nowhere"}, "asks for the CUDA kernels, but no nvcc was found"),
+        ({"MOBILEMAMBA_CUDA": "yes"}, "MOBILEMAMBA_CUDA must be 0, 1 or unset, but is 'yes'"),
+    ],
+)
+def test_cuda_that_cannot_be_is_refused_in_a_sentence(tree, environment, sentence):
+    done = setup_py(tree, "bdist_wheel", **environment)
+    assert done.returncode != 0
+    assert sentence in done.stderr
     assert "Traceback" not in done.stderr
 
 

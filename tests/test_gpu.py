@@ -318,7 +318,7 @@ def test_training_step_under_autocast():
 
     optimizer = torch.optim.AdamW(model.train().parameters(), 1e-3)
     losses = []
-    for _ in range(2 if DRY_RUN else 10):
+    for _ in range(5 if DRY_RUN else 10):
         with torch.autocast(DEVICE, torch.bfloat16):
             loss = F.cross_entropy(model(x), labels)
         optimizer.zero_grad()

@@ -62,6 +62,7 @@ def test_without_a_gpu_it_says_so():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.full
 def test_dry_run_measures_checked_operators(tmp_path):
     pytest.importorskip("triton")
     done = run("bench-operators", "--dry-run", "--select", "haar_idwt2d", "--seconds", "20", "--output", str(tmp_path))

@@ -74,7 +74,9 @@ struct Outputs {
 };
 
 template <int kK, int kStride>
-__global__ void __launch_bounds__(kThreads, kK == 3 ? 3 : 2) filter_kernel(Plan p) {
+__global__ void __launch_bounds__(kThreads, kK == 3   ? 3
+                                            : kK == 5 ? 2
+                                                      : 1) filter_kernel(Plan p) {
   constexpr int kTaps = kK * kK;
   constexpr int kOpen = (kK + kStride - 1) / kStride;  // rows of outputs that a row of the image adds to
   for (int64_t item = blockIdx.x; item < p.items(); item += gridDim.x) {

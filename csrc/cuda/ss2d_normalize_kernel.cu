@@ -15,7 +15,7 @@ constexpr int kWarps = 8;
 bool by_channels(const Ss2dNormalizeParams& p) { return p.y.channel == 1; }
 
 template <bool kByChannels>
-__global__ void __launch_bounds__(kWarps* kWarp) normalize_kernel(Ss2dNormalizeParams p) {
+__global__ void __launch_bounds__(kWarps* kWarp, 3) normalize_kernel(Ss2dNormalizeParams p) {
   const int lane = threadIdx.x, warp = threadIdx.y;
   const int64_t positions = kByChannels ? kWarps : kWarp, blocks = (p.length + positions - 1) / positions;
   const auto sum_all = [&](float sum) {

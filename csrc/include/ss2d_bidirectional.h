@@ -11,7 +11,9 @@ struct Sequence {
   Elements elements;
   int64_t batch = 0, channel = 0, position = 0;
 
-  ANYWHERE Elements at(int64_t b, int64_t c, int64_t l) const { return elements + (b * batch + c * channel + l * position); }
+  ANYWHERE Elements at(int64_t b, int64_t c, int64_t l) const {
+    return elements + (b * batch + c * channel + l * position);
+  }
 };
 
 struct Ss2dParams {

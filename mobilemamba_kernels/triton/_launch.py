@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Configuration = tuple[str, Any, dict[str, str], dict[str, Any], int]
-"""Name, kernel, types of its arguments, compile-time constants, warps: what a compiler needs of one launch."""
+Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], int]
+"""Name, kernel, types of its arguments, constants, multiples of 16, warps: what a compiler needs of one launch."""
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _INDEX_LIMIT = 2**31 - 2**16  # of 32-bit indices: a tile may reach beyond the end by less than 2^16
@@ -42,8 +42,8 @@ def record(name: str, function: Callable[..., Any], *arguments: Any) -> Iterator
     finally:
         _recorded = None
     for i, (kernel, given, num_warps) in enumerate(launches):
-        signature, constants = {}, {}
-        for parameter in kernel.params:
+        signature, constants, multiples = {}, {}, {}
+        for j, parameter in enumerate(kernel.params):
             value = given[parameter.name]
             if isinstance(value, Tensor):
                 signature[parameter.name] = _TYPES[value.dtype]
@@ -53,7 +53,10 @@ def record(name: str, function: Callable[..., Any], *arguments: Any) -> Iterator
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = "i32" if value < 2**31 else "i64"
-        yield f"{name}-{i}-{kernel.fn.__name__}", kernel, signature, constants, num_warps
+            # As Triton's own launcher finds: PyTorch's memory begins at such addresses.
+            if isinstance(value, Tensor) or (signature[parameter.name] in ("i32", "i64") and value % 16 == 0):
+                multiples[(j,)] = [["tt.divisibility", 16]]
+        yield f"{name}-{i}-{kernel.fn.__name__}", kernel, signature, constants, multiples, num_warps
 
 
 def index_type(*tensors: Tensor | None) -> tl.dtype:

@@ -3,6 +3,7 @@
 import os
 
 import torch
+
 from emulation import build, load
 
 load(build(os.environ.get("MOBILEMAMBA_EMULATION", "")))

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kWaveletThreads, 3) any_weight_kernel(WaveletP
 constexpr int kSumChannels = 8, kSumRows = 64;
 constexpr int kSumThreads = kSumChannels * kSumRows;
 
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(WaveletParams p) {
+__global__ void __launch_bounds__(kSumThreads, 2) sum_kernel(WaveletParams p) {
   const int64_t taps = p.tap_rows * p.tap_columns;
   const int64_t blocks = (p.channels + kSumChannels - 1) / kSumChannels;
   const int lane = static_cast<int>(threadIdx.x) % kSumChannels, row = static_cast<int>(threadIdx.x) / kSumChannels;

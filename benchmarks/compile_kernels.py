@@ -1,8 +1,8 @@
 """Compile every GPU kernel ahead of time, without a GPU, and tell what each takes of a processor.
 
-``python benchmarks/compile_kernels.py cuda|triton`` prints a JSON line a kernel: registers, spilled bytes, shared memory
-where it is fixed, and the warps that fit a processor by registers (theoretical occupancy). It exits with 1 where a kernel
-spills. ``python benchmarks/compile_kernels.py table FILE…`` makes a table of such lines.
+``python benchmarks/compile_kernels.py cuda|triton`` prints a JSON line a kernel: registers, spilled bytes, shared
+memory where it is fixed, and the warps that fit a processor by registers (theoretical occupancy). It exits with 1 where
+a kernel spills. ``python benchmarks/compile_kernels.py table FILE…`` makes a table of such lines.
 """
 
 import argparse

@@ -30,8 +30,8 @@ CUDA_ERROR: str | None = COMPILED_ERROR
 """Why the CUDA C++ kernels are not available, or None where they are loaded."""
 
 if COMPILED_ERROR is None:
-    if not torch.cuda.is_available():
-        CUDA_ERROR = "PyTorch has no CUDA device"
+    if torch.version.cuda is None:
+        CUDA_ERROR = "this PyTorch is built without CUDA"
     else:
         try:
             importlib.import_module("mobilemamba_kernels._C_cuda")

@@ -27,6 +27,8 @@ help:
 
 # The working copy, installed in place: a change to a Python file needs nothing, one to a C++ file `make build`.
 DEV := .env-dev/bin/python
+# One architecture is enough to see that the CUDA kernels compile; a wheel has all.
+.env-dev/stamp build: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),9.0)
 .env-dev/stamp: pyproject.toml
 	rm -rf .env-dev
 	$(PYTHON) -m venv .env-dev
@@ -34,9 +36,8 @@ DEV := .env-dev/bin/python
 	$(DEV) -m pip install -q --no-build-isolation -e '.[test,demo,lint,triton]'
 	touch $@
 
-# One architecture is enough to see that everything compiles; a wheel has all.
 build: .env-dev/stamp
-	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(DEV) setup.py -q build_ext --inplace
+	$(DEV) setup.py -q build_ext --inplace
 
 # setuptools would pack what an earlier build left in build/lib, hence the rm.
 wheel: .env-dev/stamp
@@ -107,7 +108,7 @@ SANITIZED = LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-fi
 
 sanitize: .env-dev/stamp
 	rm -rf $(SANITIZE)
-	CXX='$(CXX)' MOBILEMAMBA_SANITIZE=address,undefined $(DEV) setup.py -q build --build-lib $(SANITIZE)/lib
+	CXX='$(CXX)' MOBILEMAMBA_CUDA=0 MOBILEMAMBA_SANITIZE=address,undefined $(DEV) setup.py -q build --build-lib $(SANITIZE)/lib
 	$(call copy-tests,$(SANITIZE)/copy)
 	cd $(SANITIZE)/copy && $(SANITIZED) $(WHICH)
 	cd $(SANITIZE)/copy && $(SANITIZED) -m pytest --capture=sys tests/test_fuzz.py tests/test_ops.py -k '$(MEMORY_TESTS)'

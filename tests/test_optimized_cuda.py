@@ -153,7 +153,8 @@ def test_weights_are_as_the_kernels_read_them(kernels):
         if isinstance(module, optimized.Direct):
             products = module.operator in ("conv2d_act", "pointwise_conv2d_act", "feed_forward", "squeeze_excite")
             for name, p in module.named_parameters():
-                assert p.dtype == (torch.float16 if products and name[0] == "w" else torch.float32)
+                multiplied = (products and name[0] == "w") or name == "x_proj_weight"
+                assert p.dtype == (torch.float16 if multiplied else torch.float32)
 
 
 def as_for_gpus(model: mobilemamba.MobileMamba, dtype: torch.dtype) -> mobilemamba.MobileMamba:

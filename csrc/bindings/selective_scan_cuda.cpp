@@ -13,16 +13,27 @@ Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
 
+// Plans the launches of a scan that is not empty; says whether it is not.
+bool plan(SelectiveScanCudaParams& p) {
+  constexpr int64_t kEnd = int64_t{1} << 32;  // kernels number images and groups in 32 bits
+  STD_TORCH_CHECK(p.batch < kEnd && p.groups < kEnd,
+                  "mobilemamba: a scan on a GPU takes fewer than 2^32 sequences and groups, got ", p.batch, " and ",
+                  p.groups, "; divide the batch");
+  if (p.batch * p.dim * p.length == 0) return false;
+  plan_selective_scan(p);
+  return true;
+}
+
+SelectiveScanCudaParams on_gpu(const SelectiveScanParams& params) {
+  SelectiveScanCudaParams p{};
+  static_cast<SelectiveScanParams&>(p) = params;
+  return p;
+}
+
 }  // namespace
 
 void run_scan_forward(SelectiveScanCudaParams& p, const Tensor& like, const OnDeviceOf& device) {
-  constexpr int64_t kEnd = int64_t{1} << 32;  // kernels number images and groups in 32 bits
-  STD_TORCH_CHECK(p.batch < kEnd && p.groups < kEnd,
-                  "mobilemamba: a scan on a GPU takes fewer than 2^32 sequences and "
-                  "groups, got ",
-                  p.batch, " and ", p.groups, "; divide the batch");
-  if (p.batch * p.dim * p.length == 0) return;
-  plan_selective_scan(p);
+  if (!plan(p)) return;
   Tensor chunks;
   if (p.range < p.chunks) {
     chunks = new_floats(like, {2, p.batch, p.directions, p.chunks, p.state, p.dim});
@@ -33,20 +44,16 @@ void run_scan_forward(SelectiveScanCudaParams& p, const Tensor& like, const OnDe
 
 void run_scan(SelectiveScanParams& params, const Tensor& like) {
   const OnDeviceOf device(like);
-  SelectiveScanCudaParams p{};
-  static_cast<SelectiveScanParams&>(p) = params;
+  SelectiveScanCudaParams p = on_gpu(params);
   run_scan_forward(p, like, device);
 }
 
 ScanSums run_scan_backward(SelectiveScanParams& params, const Tensor& like) {
   const OnDeviceOf device(like);
-  SelectiveScanCudaParams p{};
-  static_cast<SelectiveScanParams&>(p) = params;
+  SelectiveScanCudaParams p = on_gpu(params);
   p.backward = true;
-  const int64_t K = p.directions, none = p.batch * p.dim * p.length == 0;
-  if (!none) plan_selective_scan(p);
-  p.slices = ceil_div(p.dim / p.groups, 32);
-  const int64_t parts = none ? 0 : p.batch * p.chunks;
+  const bool runs = plan(p);
+  const int64_t K = p.directions, parts = p.batch * p.chunks;  // no chunks where there is nothing to scan
   Tensor chunks, gated, found[5], partial[5];
   PartialSumsParams sums{};
   // A sum over the parts of the sequences, an element a channel; or over the channels, an element a position.
@@ -67,7 +74,7 @@ ScanSums run_scan_backward(SelectiveScanParams& params, const Tensor& like) {
   coefficient(found[2], p.C_varies, p.C_group, p.partial_C, p.partial_fixed_C);
   if (p.D) add(found[3], p.partial_D, 1, parts, K * p.dim);
   if (p.delta_bias) add(found[4], p.partial_delta_bias, 1, parts, K * p.dim);
-  if (!none) {
+  if (runs) {
     if (p.chunks > 1) {
       chunks = new_floats(like, {3, p.batch, K, p.chunks, p.state, p.dim});
       const int64_t size = chunks.numel() / 3;

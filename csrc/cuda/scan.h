@@ -43,10 +43,10 @@ struct ScanPlace {
 // Gives a block its place: `item` counts batch, group, block of channels.
 __device__ inline ScanPlace scan_place(const SelectiveScanCudaParams& p, int64_t item) {
   if (threadIdx.x == 0 && threadIdx.y == 0) {
-    const int64_t per_group = p.dim / p.groups, blocks = (per_group + kWarp - 1) / kWarp;
+    const int64_t per_group = p.dim / p.groups;
     BlockPlace& place = *reinterpret_cast<BlockPlace*>(shared_memory);
-    const int64_t block = item % blocks, group = item / blocks % p.groups, rest = per_group - block * kWarp;
-    place.batch = item / blocks / p.groups, place.group = group, place.block = block;
+    const int64_t block = item % p.slices, group = item / p.slices % p.groups, rest = per_group - block * kWarp;
+    place.batch = item / p.slices / p.groups, place.group = group, place.block = block;
     place.channel = group * per_group + block * kWarp;
     place.channels = rest < kWarp ? static_cast<int>(rest) : kWarp;
   }

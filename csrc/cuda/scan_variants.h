@@ -12,9 +12,7 @@ inline int64_t segment_of(const SelectiveScanCudaParams& p) {
   return p.state == 1 ? kSegmentOf<true> : kSegmentOf<false>;
 }
 
-inline int64_t blocks_of(const SelectiveScanCudaParams& p) {
-  return p.batch * p.groups * ceil_div(p.dim / p.groups, kWarp);
-}
+inline int64_t blocks_of(const SelectiveScanCudaParams& p) { return p.batch * p.groups * p.slices; }
 inline dim3 block_of(const SelectiveScanCudaParams& p) { return dim3(kWarp, static_cast<unsigned>(p.warps)); }
 inline int64_t private_floats(const SelectiveScanCudaParams& p) {
   return p.warps * (p.state == 1 ? kPrivate<kSegmentOf<true>> : kPrivate<kSegmentOf<false>>);

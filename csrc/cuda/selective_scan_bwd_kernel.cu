@@ -4,8 +4,8 @@
 // A block has one chunk of 32 channels. It folds states and adjoints at once, from opposite ends, and keeps decays and
 // states in registers: nothing is saved by the forward. Sums over channels are taken in the warp's tile, those over
 // positions over the warps, each in a fixed order; what blocks add up goes to memory and is added by sums_kernel.
-// Bytes: u, delta, the gradients of y, u and delta once (z and its gradient too, with inputs read again), a sixteenth
-// of that for partial sums.
+// Bytes: u, delta, the gradients of y, u and delta once, a sixteenth of that for partial sums. With a z a forward that
+// keeps nothing (selective_scan_gate) runs before, for the gradients of z and of what it gates.
 #include "cuda/launchers.h"
 #include "cuda/scan.h"
 #include "cuda/scan_variants.h"

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) fold_kernel(SelectiveSca
 
   const int64_t item = first_item + blockIdx.x;
   ScanPlace x = scan_place(p, item / p.chunks);
-  int64_t chunk = item % p.chunks;
+  const int64_t chunk = item % p.chunks;
   move_to_chunk<kSegment>(x, p, chunk);
   const auto direction = [&](auto constant) {
     constexpr int k = decltype(constant)::value;

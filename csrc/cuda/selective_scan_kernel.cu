@@ -108,6 +108,7 @@ int device_attribute(cudaDeviceAttr attribute) {
 void plan_selective_scan(SelectiveScanCudaParams& p) {
   constexpr int64_t kBlocksAProcessor = 2;
   const int64_t segment = segment_of(p);
+  p.slices = ceil_div(p.dim / p.groups, kWarp);
   p.chunks = ceil_div(p.length, kMostWarps * segment);
   p.warps = ceil_div(ceil_div(p.length, p.chunks), segment);
   p.chunks = ceil_div(p.length, p.warps * segment);

@@ -6,7 +6,8 @@
 namespace mobilemamba {
 
 struct SelectiveScanCudaParams : SelectiveScanParams {
-  // Set by plan_selective_scan. A block has 32 channels and goes through `range` chunks of the sequence, all or one.
+  // Set by plan_selective_scan, with slices: a block has 32 channels of a group, of which there are so many blocks, and
+  // goes through `range` chunks of the sequence, all or one.
   int64_t warps;  // of a block; each has a segment of a chunk's positions
   int64_t chunks, range;
   bool backward;

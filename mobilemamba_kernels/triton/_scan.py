@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -660,6 +660,33 @@ def gradient_of(argument: Tensor | None, computed: Tensor | None, like: Tensor) 
         return like.new_empty(0)
     assert computed is not None
     return torch.empty_like(argument).copy_(computed.view(argument.shape))
+
+
+def each_direction(t: Tensor) -> Tensor:
+    """A sequence (batch, dim, L) as one of each direction, (batch, 1, dim, L); (batch, 2, dim, L) as it is."""
+    return t if t.ndim == 4 else t.unsqueeze(1)
+
+
+def gradients(scan_of: Callable[..., Scan], grad_out: Tensor, grad_last: Tensor | None, *inputs: Any) -> list[Tensor]:
+    """What a scan operator's ``backward`` returns; ``scan_of`` makes a scan of the operator's arguments."""
+    u, delta, A, B, C, D, z, delta_bias, _ = inputs
+    if not u.numel():
+        return [u.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs[:-1]]
+    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
+    grad_z = None if z is None else torch.empty_like(z)
+    scan = scan_of(*inputs)
+    of_u = each_direction(grad_u).expand_as(scan.u)
+    sums = run_backward(scan, grad_out, grad_last, of_u, each_direction(grad_delta), grad_z)
+    return [
+        grad_u,
+        grad_delta,
+        gradient_of(A, sums.A, u),
+        gradient_of(B, sums.B, u),
+        gradient_of(C, sums.C, u),
+        gradient_of(D, sums.D, u),
+        u.new_empty(0) if grad_z is None else grad_z,
+        gradient_of(delta_bias, sums.bias, u),
+    ]
 
 
 def every_sequence() -> Iterator[tuple[str, Callable[..., Tensor]]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mobilemamba_kernels.triton._launch import Configuration, record
-from mobilemamba_kernels.triton._scan import Scan, dense, every_sequence, gradient_of, run_backward, run_forward
+from mobilemamba_kernels.triton._scan import Scan, dense, every_sequence, gradients, run_forward
 
 
 def _scan(
@@ -29,54 +29,18 @@ def _scan(
     return Scan(both, delta, A.contiguous(), B, C, dense(D), z, dense(delta_bias), delta_softplus, shared)
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def forward(*inputs: Any) -> Tensor:
     """The kernels of ``mobilemamba::bidirectional_selective_scan_fwd``."""
+    u = inputs[0]
     out = torch.empty_like(u if u.ndim == 3 else u[:, 0])
     if u.numel():
-        run_forward(_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus), out)
+        run_forward(_scan(*inputs), out)
     return out
 
 
-def backward(
-    grad_out: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> list[Tensor]:
+def backward(grad_out: Tensor, *inputs: Any) -> list[Tensor]:
     """The kernels of ``mobilemamba::bidirectional_selective_scan_bwd``."""
-    if not u.numel():
-        return [u.new_empty(0) if t is None else torch.zeros_like(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
-    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-    grad_z = None if z is None else torch.empty_like(z)
-    scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    both = grad_u.unsqueeze(1).expand_as(scan.u) if scan.shared else grad_u
-    sums = run_backward(scan, grad_out, None, both, grad_delta, grad_z)
-    return [
-        grad_u,
-        grad_delta,
-        gradient_of(A, sums.A, u),
-        gradient_of(B, sums.B, u),
-        gradient_of(C, sums.C, u),
-        gradient_of(D, sums.D, u),
-        u.new_empty(0) if grad_z is None else grad_z,
-        gradient_of(delta_bias, sums.bias, u),
-    ]
+    return gradients(_scan, grad_out, None, *inputs)
 
 
 def _both(*args: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mobilemamba_kernels.triton._launch import Configuration, record
-from mobilemamba_kernels.triton._scan import Scan, dense, every_sequence, gradient_of, run_backward, run_forward
+from mobilemamba_kernels.triton._scan import Scan, dense, every_sequence, gradients, run_forward
 
 
 def _scan(
@@ -31,56 +31,20 @@ def _scan(
     )
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The kernels of ``mobilemamba::selective_scan_fwd``."""
+    u, A = inputs[0], inputs[2]
     out = torch.empty_like(u)
     last = u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32)
     if not u.numel():
         return out, last.zero_()
-    run_forward(_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus), out, last)
+    run_forward(_scan(*inputs), out, last)
     return out, last
 
 
-def backward(
-    grad_out: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> list[Tensor]:
+def backward(grad_out: Tensor, grad_last: Tensor, *inputs: Any) -> list[Tensor]:
     """The kernels of ``mobilemamba::selective_scan_bwd``."""
-    if not u.numel():
-        return [u.new_empty(0) if t is None else torch.zeros_like(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
-    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-    grad_z = None if z is None else torch.empty_like(z)
-    scan = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    sums = run_backward(scan, grad_out, grad_last.contiguous(), grad_u.unsqueeze(1), grad_delta.unsqueeze(1), grad_z)
-    return [
-        grad_u,
-        grad_delta,
-        gradient_of(A, sums.A, u),
-        gradient_of(B, sums.B, u),
-        gradient_of(C, sums.C, u),
-        gradient_of(D, sums.D, u),
-        u.new_empty(0) if grad_z is None else grad_z,
-        gradient_of(delta_bias, sums.bias, u),
-    ]
+    return gradients(_scan, grad_out, grad_last.contiguous(), *inputs)
 
 
 def _both(*args: Any) -> None:

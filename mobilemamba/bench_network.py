@@ -236,8 +236,8 @@ def bench_networks(
 def matrix_ceiling(dtype: torch.dtype) -> float:
     """The most operations a second that PyTorch's matrix product, or ours, reaches here with PyTorch's threads."""
     # Without instructions for it PyTorch's product of bfloat16 takes minutes, and ours converts to float32.
-    theirs_dtype = dtype if _library.cpu_capability() in ("avx512_bf16", "amx") else torch.float32
-    a, b = torch.randn(2, 1536, 1536).to(theirs_dtype).unbind()
+    multiplied = not _library.COMPILED_ERROR and _library.cpu_capability() in ("avx512_bf16", "amx")
+    a, b = torch.randn(2, 1536, 1536).to(dtype if multiplied else torch.float32).unbind()
     x = torch.randn(1, 768, 32, 48).contiguous(memory_format=torch.channels_last)
     weight, bias = pack_weight(torch.randn(768, 768), dtype), torch.zeros(768)
 

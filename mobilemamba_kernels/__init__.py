@@ -3,6 +3,8 @@
 from mobilemamba_kernels._version import __version__
 from mobilemamba_kernels.backends import report, use_backend
 from mobilemamba_kernels.ops.bidirectional_selective_scan import bidirectional_selective_scan
+from mobilemamba_kernels.ops.causal_conv1d import causal_conv1d_fn
+from mobilemamba_kernels.ops.causal_conv1d_update import causal_conv1d_update
 from mobilemamba_kernels.ops.conv2d_act import conv2d_act
 from mobilemamba_kernels.ops.depthwise_conv2d_act import depthwise_conv2d_act
 from mobilemamba_kernels.ops.feed_forward import feed_forward
@@ -12,6 +14,7 @@ from mobilemamba_kernels.ops.haar_idwt2d import haar_idwt2d
 from mobilemamba_kernels.ops.pack_weight import pack_weight
 from mobilemamba_kernels.ops.pointwise_conv2d_act import pointwise_conv2d_act
 from mobilemamba_kernels.ops.selective_scan import selective_scan_fn, selective_scan_ref
+from mobilemamba_kernels.ops.selective_state_update import selective_state_update
 from mobilemamba_kernels.ops.squeeze_excite import squeeze_excite
 from mobilemamba_kernels.ops.ss2d_bidirectional import ss2d_bidirectional
 from mobilemamba_kernels.ops.wavelet_depthwise_conv2d import wavelet_depthwise_conv2d
@@ -19,6 +22,8 @@ from mobilemamba_kernels.ops.wavelet_depthwise_conv2d import wavelet_depthwise_c
 __all__ = [
     "__version__",
     "bidirectional_selective_scan",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "conv2d_act",
     "depthwise_conv2d_act",
     "feed_forward",
@@ -30,6 +35,7 @@ __all__ = [
     "report",
     "selective_scan_fn",
     "selective_scan_ref",
+    "selective_state_update",
     "squeeze_excite",
     "ss2d_bidirectional",
     "use_backend",

@@ -63,9 +63,9 @@ def define_operator(
     """Declare ``mobilemamba::<name>_fwd``, its gradient ``mobilemamba::<name>_bwd``, and both for Triton.
 
     ``<name>_bwd(*grad_outputs, *inputs)`` returns a gradient for every tensor input, an empty tensor for an
-    absent one. Both run the reference, or its vector-Jacobian product, on every device; the compiled parts
-    override either of them for a device with ``STABLE_TORCH_LIBRARY_IMPL``. In ``mobilemamba_triton`` they are
-    ``forward`` and ``backward`` of ``mobilemamba_kernels/triton/<name>.py``, where that exists.
+    absent one and for one of integers. Both run the reference, or its vector-Jacobian product, on every device; the
+    compiled parts override either of them for a device with ``STABLE_TORCH_LIBRARY_IMPL``. In ``mobilemamba_triton``
+    they are ``forward`` and ``backward`` of ``mobilemamba_kernels/triton/<name>.py``, where that exists.
 
     Args:
         name: the public function's name.
@@ -92,10 +92,13 @@ def define_operator(
             return allocated.copy_(computed)
         return tuple(a.copy_(c) for a, c in zip(allocated, computed, strict=True))
 
+    def has_gradient(value: Tensor | None) -> bool:
+        return value is not None and value.is_floating_point()  # which an index is not
+
     def allocate_gradients(*args: Any) -> list[Tensor]:
         inputs = args[outputs:]
         first = next(inputs[i] for i in tensors if inputs[i] is not None)
-        return [first.new_empty(0) if inputs[i] is None else torch.empty_like(inputs[i]) for i in tensors]
+        return [torch.empty_like(inputs[i]) if has_gradient(inputs[i]) else first.new_empty(0) for i in tensors]
 
     def as_returned(gradients: list[Tensor]) -> Any:
         return gradients[0] if len(gradients) == 1 else gradients
@@ -105,7 +108,7 @@ def define_operator(
 
     def run_vjp(function: _Function, *args: Any) -> Any:
         grads, inputs = args[:outputs], list(args[outputs:])
-        present = [i for i in tensors if inputs[i] is not None]
+        present = [i for i in tensors if has_gradient(inputs[i])]
         # The dispatcher calls this with autograd switched off. torch.func.vjp works so too, but not within opcheck.
         with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False), torch.enable_grad():
             for i in present:
@@ -125,11 +128,11 @@ def define_operator(
             allocated[tensors.index(i)].copy_(gradient)
         return as_returned(allocated)
 
-    def run_triton(direction: str, *args: Any) -> Any:
-        module = importlib.import_module(f"mobilemamba_kernels.triton.{name}")
-        if direction == "backward" and not hasattr(module, "backward"):
-            return run_vjp(reference if composed is None else composed("triton"), *args)
-        return getattr(module, direction)(*args)
+    def run_triton_backward(*args: Any) -> Any:
+        module = _triton_module(name)
+        if hasattr(module, "backward"):
+            return module.backward(*args)
+        return run_vjp(reference if composed is None else composed("triton"), *args)
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
@@ -158,7 +161,7 @@ def define_operator(
             result: list[Tensor | None] = [None] * len(inputs)
             computed = gradient(*grads, *inputs)
             for i, grad in zip(tensors, (computed,) if len(tensors) == 1 else computed, strict=True):
-                result[i] = None if inputs[i] is None else grad
+                result[i] = grad if has_gradient(inputs[i]) else None
             return tuple(result)
 
         torch.library.register_autograd(f"{qualified}_fwd", differentiate, setup_context=setup_context, lib=library)
@@ -166,18 +169,48 @@ def define_operator(
         return getattr(getattr(torch.ops, library.ns), f"{name}_fwd").default
 
     compiled = declare(LIBRARY, run_reference, partial(run_vjp, reference))
-    KERNELS[name] = tuple(
-        device
-        for device in ("cpu", "cuda")
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"mobilemamba::{name}_fwd", device.upper())
-    )
+    KERNELS[name] = _devices_of(f"{name}_fwd")
     runs = {"reference": reference} | dict.fromkeys(KERNELS[name], compiled)
     for device in KERNELS[name]:
         if composed is not None:
             LIBRARY.impl(f"{name}_bwd", partial(run_vjp, composed(device)), device.upper())
     if name in TRITON:
-        runs["triton"] = declare(TRITON_LIBRARY, partial(run_triton, "forward"), partial(run_triton, "backward"))
+        runs["triton"] = declare(TRITON_LIBRARY, partial(_run_triton, name), run_triton_backward)
     return runs
+
+
+def define_update(name: str, schema: str, reference: _Function, fake: _Function) -> dict[str, _Function]:
+    """Declare ``mobilemamba::<name>``, which changes arguments in place and has no gradient, and the same for Triton.
+
+    Arguments, results and kernels are as in :func:`define_operator`, but for the suffix; ``schema`` marks what changes.
+    """
+
+    def declare(library: torch.library.Library, forward: _Function) -> _Function:
+        library.define(f"{name}{schema}")
+        library.impl(name, forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        return getattr(getattr(torch.ops, library.ns), name).default
+
+    compiled = declare(LIBRARY, reference)
+    KERNELS[name] = _devices_of(name)
+    runs = {"reference": reference} | dict.fromkeys(KERNELS[name], compiled)
+    if name in TRITON:
+        runs["triton"] = declare(TRITON_LIBRARY, partial(_run_triton, name))
+    return runs
+
+
+def _devices_of(operator: str) -> tuple[str, ...]:
+    """The types of device for which a compiled part has registered the operator."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(device for device in ("cpu", "cuda") if has_kernel(f"mobilemamba::{operator}", device.upper()))
+
+
+def _triton_module(name: str) -> Any:
+    return importlib.import_module(f"mobilemamba_kernels.triton.{name}")
+
+
+def _run_triton(name: str, *args: Any) -> Any:
+    return _triton_module(name).forward(*args)
 
 
 def cpu_capability() -> str:

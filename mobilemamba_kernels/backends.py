@@ -31,7 +31,10 @@ PREFERENCES: tuple[tuple[str, int, str], ...] = (
     # each operator prefers its hand-written kernel, and products, which CUDA C++ does not hold, are Triton's.
     ("selective_scan", 0, "cuda"),
     ("bidirectional_selective_scan", 0, "cuda"),
+    ("selective_state_update", 0, "cuda"),
     ("ss2d_bidirectional", 0, "cuda"),
+    ("causal_conv1d", 0, "cuda"),
+    ("causal_conv1d_update", 0, "cuda"),
     ("haar_dwt2d", 0, "cuda"),
     ("haar_idwt2d", 0, "cuda"),
     ("wavelet_depthwise_conv2d", 0, "cuda"),

@@ -63,6 +63,20 @@ def _lay_out(values: Tensor, positions: int, layout: str) -> Tensor:
     return dense.contiguous().permute(back)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of the sequences that positions belong to, (batch, L), int32: growing, padding (-1) at the end."""
+
+    shape: tuple[int, ...]
+    positions: int = 1
+
+    def make(self, dtype: torch.dtype, layout: str, device: str, generator: torch.Generator) -> Tensor:
+        begins = torch.rand(self.shape, generator=generator) < 0.3
+        numbers = begins.int().cumsum(-1, dtype=torch.int32)
+        numbers[:, max(self.shape[1] - 2, 1) :] = -1
+        return numbers.to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """A call of one operator.
@@ -74,7 +88,7 @@ class Case:
 
     op: str
     name: str
-    arguments: Mapping[str, Argument | Sequence[Argument]]
+    arguments: Mapping[str, Argument | Numbers | Sequence[Argument]]
     options: Mapping[str, Any] = field(default_factory=dict)
     benchmark: bool = False
 
@@ -95,7 +109,9 @@ class Case:
     ) -> dict[str, Any]:
         """Build the keyword arguments; activations have ``dtype`` and one of :data:`LAYOUTS`."""
         generator = torch.Generator().manual_seed(seed)
-        made = pytree.tree_map_only(Argument, lambda a: a.make(dtype, layout, device, generator), dict(self.arguments))
+        made = pytree.tree_map_only(
+            (Argument, Numbers), lambda a: a.make(dtype, layout, device, generator), dict(self.arguments)
+        )
         return made | dict(self.options)
 
     def run(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -112,18 +128,22 @@ class Case:
 
 
 def tensors(arguments: Any) -> dict[str, Tensor]:
-    """The tensors among ``arguments``, named as their keywords ("weight.1" in a sequence)."""
+    """The floating-point tensors among ``arguments``, named as their keywords ("weight.1" in a sequence)."""
     leaves, _ = pytree.tree_flatten_with_path(arguments)
     return {
         ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path): leaf
         for path, leaf in leaves
-        if isinstance(leaf, Tensor)
+        if _is_floating(leaf)
     }
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
-    """Apply ``function`` to every tensor among ``arguments``."""
-    return pytree.tree_map_only(Tensor, function, arguments)
+    """Apply ``function`` to every floating-point tensor among ``arguments``."""
+    return pytree.tree_map_only(_is_floating, function, arguments)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def traffic(*trees: Any) -> int:
@@ -145,6 +165,13 @@ def wavelet_with_convolutions(
     return y if base is None else y + base
 
 
+def causal_with_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """``causal_conv1d_fn`` without states and sequence numbers, as models write it without a kernel."""
+    width, length = weight.shape[1], x.shape[-1]
+    y = F.conv1d(x, weight.unsqueeze(1).to(x.dtype), bias, padding=width - 1, groups=x.shape[1])[..., :length]
+    return y if options["activation"] is None else F.silu(y)
+
+
 @functools.cache
 def _haar_filters(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     signs = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
@@ -152,7 +179,10 @@ def _haar_filters(channels: int, dtype: torch.dtype, device: torch.device) -> Te
         return (torch.tensor(signs, dtype=dtype, device=device) / 2).unsqueeze(1).repeat(channels, 1, 1, 1)
 
 
-PEERS: dict[str, Callable[..., Tensor]] = {"wavelet_depthwise_conv2d": wavelet_with_convolutions}
+PEERS: dict[str, Callable[..., Tensor]] = {
+    "wavelet_depthwise_conv2d": wavelet_with_convolutions,
+    "causal_conv1d_fn": causal_with_conv1d,
+}
 """The peers that are not the reference."""
 
 
@@ -231,6 +261,20 @@ def _ss2d(
     return Case(
         "ss2d_bidirectional", name, {k: v for k, v in arguments.items() if k not in options}, options, benchmark
     )
+
+
+def _causal_conv1d(batch: int, dim: int, length: int, width: int, *, has: str = "", benchmark: bool = False) -> Case:
+    """``has``: b(ias), q (seq_idx), i(nitial states), f(inal states), s(ilu)."""
+    arguments: dict[str, Any] = {
+        "x": Argument((batch, dim, length), positions=1),
+        "weight": Argument((dim, width), spread=(3 / width) ** 0.5),
+    }
+    arguments |= {"bias": Argument((dim,))} if "b" in has else {}
+    arguments |= {"seq_idx": Numbers((batch, length))} if "q" in has else {}
+    arguments |= {"initial_states": Argument((batch, dim, width - 1), positions=1)} if "i" in has else {}
+    name = f"{batch}x{dim}x{length}-w{width}" + ("-" + has if has else "")
+    options = {"activation": "silu" if "s" in has else None, "return_final_states": "f" in has}
+    return Case("causal_conv1d_fn", name, arguments, options, benchmark)
 
 
 def _dwt(batch: int, channels: int, height: int, width: int, benchmark: bool = False) -> Case:
@@ -407,6 +451,7 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "selective_scan_fn": _selective_scan,
     "bidirectional_selective_scan": _bidirectional,
     "ss2d_bidirectional": _ss2d,
+    "causal_conv1d_fn": _causal_conv1d,
     "haar_dwt2d": _dwt,
     "haar_idwt2d": _idwt,
     "wavelet_depthwise_conv2d": _wavelet,
@@ -458,6 +503,16 @@ CASES: tuple[Case, ...] = (
     _ss2d(16, 320, 14, 14, rank=10, benchmark=True),
     _ss2d(1, 320, 14, 14, rank=10, benchmark=True),
     _ss2d(16, 544, 7, 7, rank=17, benchmark=True),
+    _causal_conv1d(1, 1, 1, 2),
+    _causal_conv1d(2, 5, 7, 4, has="bs"),
+    _causal_conv1d(2, 5, 7, 3, has="bifs"),
+    _causal_conv1d(2, 37, 270, 4, has="bqs"),
+    _causal_conv1d(1, 6, 2, 4, has="if"),
+    _causal_conv1d(1, 3, 9, 2, has="q"),
+    _causal_conv1d(0, 5, 7, 4, has="bifs"),
+    _causal_conv1d(2, 5, 0, 4, has="bs"),
+    _causal_conv1d(2, 0, 7, 4, has="bqs"),
+    _causal_conv1d(1, 1536, 512, 4, has="bs", benchmark=True),
     _dwt(1, 1, 1, 1),
     _dwt(2, 5, 7, 4),
     _dwt(2, 37, 14, 13),

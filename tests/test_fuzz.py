@@ -73,6 +73,12 @@ CASE_OF = {
     "ss2d_bidirectional": st.builds(
         BUILDERS["ss2d_bidirectional"], batch, st.integers(1, 40), size, size, st.integers(1, 5), state, st.booleans()
     ),
+    "causal_conv1d_fn": st.builds(
+        lambda b, c, length, width, has: BUILDERS["causal_conv1d_fn"](b, c, length, width, has=has),
+        batch, channels, length, st.sampled_from([2, 3, 4]), flags("bs").flatmap(
+            lambda has: st.sampled_from([has, has + "q", has + "i", has + "f", has + "if"])
+        ),
+    ),
     "haar_dwt2d": st.builds(BUILDERS["haar_dwt2d"], batch, channels, size, size),
     "haar_idwt2d": st.builds(BUILDERS["haar_idwt2d"], batch, channels, size, size),
     "wavelet_depthwise_conv2d": st.builds(

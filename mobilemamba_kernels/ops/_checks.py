@@ -58,6 +58,21 @@ def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...
         raise ValueError(f"{op}: {name} must have shape ({dims}) = {shape}; got {tuple(tensor.shape)}")
 
 
+def check_indices(op: str, name: str, index: Tensor, like: Tensor) -> None:
+    """Check that ``index`` is a tensor of int32 or int64 on the device of ``like``.
+
+    Raises:
+        TypeError: no tensor, or of another dtype.
+        ValueError: on another device.
+    """
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(index).__name__}")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64; got {index.dtype}; convert it with {name}.int()")
+    if index.device != like.device:
+        raise ValueError(f"{op}: {name} is on {index.device} but x is on {like.device}; move both to one device")
+
+
 def check_integer(op: str, name: str, value: int, least: int) -> None:
     """Check that ``value`` is an integer, at least ``least``.
 
@@ -89,6 +104,11 @@ def check_window(op: str, x: Tensor, k: int, stride: int, padding: int) -> None:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an operator computes in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)

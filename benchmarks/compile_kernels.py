@@ -21,6 +21,7 @@ OPERATORS = [
     *("selective_scan", "bidirectional_selective_scan", "ss2d_bidirectional"),
     *("haar_dwt2d", "haar_idwt2d", "wavelet_depthwise_conv2d", "depthwise_conv2d_act"),
     *("conv2d_act", "pointwise_conv2d_act", "feed_forward", "squeeze_excite"),
+    *("causal_conv1d", "causal_conv1d_update", "selective_state_update"),
 ]
 
 

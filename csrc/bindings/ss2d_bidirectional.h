@@ -20,7 +20,8 @@ struct Ss2dArguments {
   int64_t state() const { return A_log.size(2); }
 };
 
-inline Sequence sequence_of(const Tensor& t) {
+// The positions of a map as one dimension.
+inline Sequence flattened(const Tensor& t) {
   return {elements(t), t.stride(0), t.stride(1), t.size(3) > 1 ? t.stride(3) : t.stride(2)};
 }
 

@@ -57,8 +57,8 @@ void run_ss2d(Ss2dArguments& a) {
   p.dim = a.dim(), p.length = a.length(), p.rank = a.rank(), p.state = a.state();
   const int64_t features = p.rank + 2 * p.state;
   p.padded_dim = packed_vectors(p.dim) * kPackedLanes, p.columns = packed_vectors(2 * features) * kPackedLanes;
-  p.x = sequence_of(a.x), p.out = sequence_of(a.out);
-  if (a.z) p.z = sequence_of(*a.z);
+  p.x = flattened(a.x), p.out = flattened(a.out);
+  if (a.z) p.z = flattened(*a.z);
   p.eps = a.eps;
 
   const int64_t x_proj_size = p.columns * p.dim, plane = 2 * p.padded_dim;

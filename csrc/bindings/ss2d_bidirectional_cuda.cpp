@@ -41,9 +41,9 @@ void run_ss2d(Ss2dArguments& a) {
   const bool channels_last = a.out.stride(1) == 1;
   const int64_t dim = a.dim(), length = a.length();
   const Tensor y = torch::stable::new_empty(a.x, {a.batch(), dim, length}, ScalarType::Float);
-  Ss2dNormalizeParams norm{a.batch(), dim, length, a.eps, {}, {}, sequence_of(a.out), {}, {}, 0, 0};
+  Ss2dNormalizeParams norm{a.batch(), dim, length, a.eps, {}, {}, flattened(a.out), {}, {}, 0, 0};
   norm.y = {elements(y), dim * length, channels_last ? 1 : length, channels_last ? dim : 1};
-  if (a.z) norm.z = sequence_of(*a.z);
+  if (a.z) norm.z = flattened(*a.z);
   norm.weight = elements(a.norm_weight), norm.weight_stride = a.norm_weight.stride(0);
   norm.bias = elements(a.norm_bias), norm.bias_stride = a.norm_bias.stride(0);
 
@@ -51,7 +51,7 @@ void run_ss2d(Ss2dArguments& a) {
   p.batch = a.batch(), p.dim = dim, p.length = length, p.state = state;
   p.directions = 2, p.groups = p.B_group = p.C_group = 1;
   p.B_varies = p.C_varies = p.softplus = p.projected = true;
-  const Sequence x = sequence_of(a.x);
+  const Sequence x = flattened(a.x);
   p.u = {x.elements, x.batch, 0, x.channel, 0, x.position};
   p.out = {norm.y.elements, norm.y.batch, 0, norm.y.channel, 0, norm.y.position};
   p.rank = rank, p.dt_low = rows(0), p.B = rows(rank), p.C = rows(rank + state);

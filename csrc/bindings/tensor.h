@@ -46,9 +46,40 @@ inline Map map_of(const Tensor& t) {
   return {elements(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
+inline Sequence sequence_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 3, "mobilemamba: a sequence must have three dimensions, got ", t.dim());
+  return {elements(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Integers of `dims` dimensions, the first of size `batch`.
+inline Indices indices_of(const std::optional<Tensor>& t, int64_t dims, int64_t batch) {
+  if (!t) return {};
+  const ScalarType type = t->scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
+                  "mobilemamba: indices must be int32 or int64; convert them");
+#ifdef MOBILEMAMBA_CUDA
+  STD_TORCH_CHECK(t->is_cuda(), "mobilemamba: the CUDA kernel got indices of another device; move all to one device");
+#else
+  STD_TORCH_CHECK(t->is_cpu(), "mobilemamba: the CPU kernel got indices of another device; move them to the CPU");
+#endif
+  STD_TORCH_CHECK(t->dim() == dims && t->size(0) == batch, "mobilemamba: indices must have ", dims,
+                  " dimensions, the first of ", batch);
+  return {t->data_ptr(), type == ScalarType::Long, t->stride(0), dims == 2 ? t->stride(1) : 0};
+}
+
 inline void check_size(const Tensor& t, int64_t dim, int64_t size) {
   STD_TORCH_CHECK(t.size(dim) == size, "mobilemamba: a tensor's size ", t.size(dim), " in dimension ", dim,
                   " does not match the other arguments' ", size, "; call the public function, which explains shapes");
+}
+
+// Checks that indices are below `rows`. A GPU's are not looked at: that would wait for it.
+inline void check_rows([[maybe_unused]] const char* op, [[maybe_unused]] const char* name,
+                       [[maybe_unused]] const Indices& indices, [[maybe_unused]] int64_t batch,
+                       [[maybe_unused]] int64_t rows) {
+#ifndef MOBILEMAMBA_CUDA
+  for (int64_t b = 0; indices && b < batch; ++b)
+    STD_TORCH_CHECK(indices.at(b) < rows, op, ": ", name, " must be below ", rows, "; got ", indices.at(b));
+#endif
 }
 
 // The elements of a small parameter in row-major order, as float32.

@@ -6,16 +6,6 @@
 
 namespace mobilemamba {
 
-// (batch, channels, positions), strides in elements.
-struct Sequence {
-  Elements elements;
-  int64_t batch = 0, channel = 0, position = 0;
-
-  ANYWHERE Elements at(int64_t b, int64_t c, int64_t l) const {
-    return elements + (b * batch + c * channel + l * position);
-  }
-};
-
 struct Ss2dParams {
   int64_t dim, length, state, rank;
   Sequence x, z, out;

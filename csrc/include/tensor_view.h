@@ -37,4 +37,28 @@ struct Map {
   }
 };
 
+// (batch, channels, positions); strides in elements.
+struct Sequence {
+  Elements elements;
+  int64_t batch = 0, channel = 0, position = 0;
+
+  ANYWHERE explicit operator bool() const { return static_cast<bool>(elements); }
+  ANYWHERE Elements at(int64_t b, int64_t c, int64_t l) const {
+    return elements + (b * batch + c * channel + l * position);
+  }
+};
+
+// Integers of (batch, positions) or (batch): int32 or int64; strides in elements.
+struct Indices {
+  const void* data = nullptr;  // nullptr: the tensor is absent
+  bool wide = false;           // int64
+  int64_t batch = 0, position = 0;
+
+  ANYWHERE explicit operator bool() const { return data != nullptr; }
+  ANYWHERE int64_t at(int64_t b, int64_t l = 0) const {
+    const int64_t i = b * batch + l * position;
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
 }  // namespace mobilemamba

@@ -19,7 +19,7 @@ static void update(const CausalConv1dUpdateParams& p, int64_t batch, int64_t cha
   const Elements states = p.state.at(row, channel, 0);
   load_tile(state, states, p.state.channel, p.state.position, channels, p.kept);
   load_tile(known + kBefore * kLanes, p.x.at(batch, channel, 0), p.x.channel, p.x.position, channels, p.steps);
-  const int64_t past = p.offsets ? p.offsets.at(batch) % p.kept : 0;
+  const int64_t past = p.offsets ? (p.offsets.at(batch) % p.kept + p.kept) % p.kept : 0;
   const auto place = [&](int64_t l) { return (past + l + p.kept) % p.kept; };  // in the buffer, l from -kBefore on
   for (int64_t j = 0; j < kBefore; ++j)
     std::memcpy(known + j * kLanes, state + place(j - kBefore) * kLanes, kLanes * sizeof(float));

@@ -73,6 +73,18 @@ def check_indices(op: str, name: str, index: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} is on {index.device} but x is on {like.device}; move both to one device")
 
 
+def check_rows(op: str, name: str, index: Tensor | None, rows: int) -> None:
+    """Check that ``index`` names rows that exist; a GPU's is not looked at, which would wait for it.
+
+    Raises:
+        ValueError: a value is not below ``rows``.
+    """
+    if index is None or not index.numel() or index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (most := int(index.max())) >= rows:
+        raise ValueError(f"{op}: {name} must be below {rows}, the number of rows; got {most}")
+
+
 def check_integer(op: str, name: str, value: int, least: int) -> None:
     """Check that ``value`` is an integer, at least ``least``.
 

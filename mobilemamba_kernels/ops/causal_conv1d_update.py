@@ -12,6 +12,7 @@ from mobilemamba_kernels.ops._checks import (
     accumulate_dtype,
     check_dims,
     check_indices,
+    check_rows,
     check_shape,
     check_tensors,
     needs_gradient,
@@ -50,8 +51,7 @@ def causal_conv1d_update(
 
     Raises:
         TypeError: an argument is no real floating-point tensor, or an index no integer.
-        ValueError: shapes, devices, options or width do not fit.
-        RuntimeError: a row of ``conv_state`` does not exist; on a GPU nothing looks.
+        ValueError: shapes, devices, options or width do not fit, or (on a CPU) a row of ``conv_state`` does not exist.
     """
     op = "causal_conv1d_update"
     check_tensors(op, {"x": x, "conv_state": conv_state, "weight": weight}, {"bias": bias})
@@ -70,6 +70,7 @@ def causal_conv1d_update(
         if index is not None:
             check_indices(op, name, index, x)
             check_shape(op, name, index, (batch,), "batch")
+    check_rows(op, "conv_state_indices", conv_state_indices, rows)
     args = (x, conv_state, weight, bias, activation is not None, cache_seqlens, conv_state_indices)
     if needs_gradient(x, conv_state, weight, bias):
         return _reference(*args)

@@ -11,6 +11,7 @@ from mobilemamba_kernels.backends import choose
 from mobilemamba_kernels.ops._checks import (
     accumulate_dtype,
     check_indices,
+    check_rows,
     check_shape,
     check_tensors,
     needs_gradient,
@@ -54,8 +55,7 @@ def selective_state_update(
 
     Raises:
         TypeError: an argument is no real floating-point tensor, or an index no integer.
-        ValueError: shapes or devices do not fit together.
-        RuntimeError: a row of ``state`` does not exist; on a GPU nothing looks.
+        ValueError: shapes or devices do not fit together, or (on a CPU) a row of ``state`` does not exist.
     """
     op = "selective_state_update"
     check_tensors(
@@ -88,6 +88,7 @@ def selective_state_update(
     if state_batch_indices is not None:
         check_indices(op, "state_batch_indices", state_batch_indices, x)
         check_shape(op, "state_batch_indices", state_batch_indices, (batch,), "batch")
+    check_rows(op, "state_batch_indices", state_batch_indices, state.shape[0])
     args = (state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_batch_indices)
     if needs_gradient(state, x, dt, A, B, C, D, z, dt_bias):
         return _reference(*args)
@@ -118,7 +119,8 @@ def _reference(
     if dt_softplus:
         step = F.softplus(step)
     step, value = step.unsqueeze(-1), x.to(dtype)
-    before = state if state_batch_indices is None else state[state_batch_indices.clamp(min=0).long()]
+    rows = slice(None) if state_batch_indices is None else state_batch_indices.clamp(min=0).long()
+    before = state[rows].clone()  # autograd keeps it, and state changes
     after = torch.exp(step * A.to(dtype)) * before.to(dtype) + step * B.to(dtype) * value.unsqueeze(-1)
     y = (after * C.to(dtype)).sum(-1)
     if D is not None:

@@ -116,11 +116,7 @@ def _load_filter(weight, bias, c, channels, w_channel, w_tap, bias_channel, WIDT
     taps = ()
     for j in tl.static_range(WIDTH):
         taps = append(taps, load(weight + c * w_channel + j * w_tap, c < channels))
-    if bias is None:
-        shift = tl.zeros(c.shape, tl.float32)
-    else:
-        shift = load(bias + c * bias_channel, c < channels)
-    return taps, shift
+    return taps, tl.zeros(c.shape, tl.float32) if bias is None else load(bias + c * bias_channel, c < channels)
 
 
 @triton.jit

@@ -50,8 +50,7 @@ def _kernel(
         row = tl.load(rows + batch * rows_batch).to(INDEX)
     if offsets is not None:
         offset = ((tl.load(offsets + batch * offsets_batch) % length + length) % length).to(INDEX)
-    used = row >= 0
-    exists = (c < channels) & used
+    exists = c < tl.where(row < 0, 0, channels)
     x += batch * x_batch + c * x_channel
     y += batch * y_batch + c * y_channel
     state += row * state_row + c * state_channel
@@ -65,7 +64,7 @@ def _kernel(
             tap = load(weight + c * w_channel + j * w_tap, exists)
             inside = exists & (t < steps)
             total += tap * _known(x, state, t + (j - WIDTH + 1), offset, length, inside, x_position, state_position)
-        result = tl.where(used, activate(total, "silu" if SILU else "none"), 0.0)
+        result = tl.where(exists, activate(total, "silu" if SILU else "none"), 0.0)
         tl.store(y + t * y_position, result.to(y.dtype.element_ty), (c < channels) & (t < steps))
 
     place = tl.arange(0, LENGTH).to(INDEX)[None, :]

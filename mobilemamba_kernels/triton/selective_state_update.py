@@ -44,8 +44,7 @@ def _kernel(
     row = batch
     if rows is not None:
         row = tl.load(rows + batch * rows_batch).to(INDEX)
-    used = row >= 0
-    exists, states_exist = (c < channels) & used, (n < N) & used
+    exists, states_exist = c < tl.where(row < 0, 0, channels), n < N
     both = exists[:, None] & states_exist[None, :]
 
     state += row * state_row + head * state_head + c[:, None] * state_channel + n[None, :] * state_n
@@ -68,7 +67,7 @@ def _kernel(
         result += load(D + head * D_head + c * D_channel, exists) * value
     if z is not None:
         result *= silu(load(z + batch * z_batch + head * z_head + c * z_channel, exists))
-    result = tl.where(used, result, 0.0)
+    result = tl.where(exists, result, 0.0)
     tl.store(y + batch * y_batch + head * y_head + c * y_channel, result.to(y.dtype.element_ty), c < channels)
 
 

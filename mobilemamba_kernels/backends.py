@@ -99,6 +99,33 @@ def choose(op: str, *tensors: Tensor | None) -> str:
     return next((b for b in _candidates(op, device, first) if not _why_not(op, b, device, dtypes)), "reference")
 
 
+def run_update(
+    op: str,
+    implementations: dict[str, Callable[..., Any]],
+    check: Callable[..., None],
+    tensors: tuple[Tensor | None, ...],
+    args: tuple[Any, ...],
+) -> Any:
+    """Run an operator that changes an argument in place; ``check(*args)`` raises what is wrong with a call.
+
+    A compiled kernel refuses, before it writes, what it cannot read, so it is asked first: the checks take longer than
+    a step. The reference, which is differentiable, runs where a gradient is wanted.
+    """
+    try:
+        backend = choose(op, *tensors)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            backend = "reference"
+        if backend in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            result = implementations[backend](*args)
+            if result.device == args[0].device:  # and not meta, which one tensor there makes of all
+                return result
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
+        check(*args)
+        raise
+    check(*args)
+    return implementations[backend](*args)
+
+
 def implementations(op: str) -> dict[str, Callable[..., Any]]:
     """What runs ``op`` on each backend, below the checks of its public function; :func:`choose` says which one."""
     return importlib.import_module(f"mobilemamba_kernels.ops.{op}")._run

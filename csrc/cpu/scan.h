@@ -37,29 +37,29 @@ constexpr int kAhead = 4;
 constexpr int64_t kPrefetch = 16;
 
 // One state through `count` positions, upwards or (reverse) downwards: h = 2^(dt a) h + dt u B, y += C h, with a = A
-// log2 e. The chain through h is one fused multiply-add a position.
-// The first state of a direction starts its share of y with skip u, or nothing if it does not skip.
-enum class Output { kNone, kFirst, kFurther };
+// log2 e. The chain through h is one fused multiply-add a position. kModerate: |dt a| is below kModerateExponent
+// everywhere. kDriven: `u` is dt u already, and y has begun, as it is where there are many states. A single state
+// begins it with skip u, or nothing if it does not skip.
 struct Start {
   bool accumulates, skips;
   Vec skip;
 };
-template <Output kOutput>
+template <bool kOutput, bool kDriven, bool kModerate>
 INLINE Vec scan_tile(Rows y, Rows dt, Rows u, Vec a, Coefficient b, Coefficient c, Vec h, bool reverse, int64_t count,
                      Start start) {
   const int64_t first = reverse ? count - 1 : 0, step = reverse ? -1 : 1;
   const auto positions = [&](auto together, int64_t l) {
     Pack<together> decay;
     for (int i = 0; i < together; ++i) decay.v[i] = dt.get(l + i * step) * a;
-    decay = exp2(decay);
+    decay = kModerate ? moderate_exp2(decay) : exp2(decay);
     for (int i = 0; i < together; ++i, l += step) {
       const Vec input = u.get(l);
-      u.prefetch(l + step * kPrefetch);
-      h = decay.v[i] * h + dt.get(l) * input * b[l];
-      if (kOutput == Output::kNone) continue;
-      if (kOutput == Output::kFirst) y.prefetch(l + step * kPrefetch);
-      Vec sum = kOutput == Output::kFurther || start.accumulates ? y.get(l) : Vec{};
-      if (kOutput == Output::kFirst && start.skips) sum += start.skip * input;
+      if (!kDriven) u.prefetch(l + step * kPrefetch);
+      h = decay.v[i] * h + (kDriven ? input : dt.get(l) * input) * b[l];
+      if (!kOutput) continue;
+      if (!kDriven) y.prefetch(l + step * kPrefetch);
+      Vec sum = kDriven || start.accumulates ? y.get(l) : Vec{};
+      if (!kDriven && start.skips) sum += start.skip * input;
       y.set(l, sum + c[l] * h);
     }
   };
@@ -71,11 +71,13 @@ INLINE Vec scan_tile(Rows y, Rows dt, Rows u, Vec a, Coefficient b, Coefficient 
 
 // One thread's tiles: scan_fwd_scratch floats.
 struct ScanScratch {
-  float *u, *dt, *rows, *y, *up, *down;
+  float *u, *dt, *drive, *sums, *rows, *y, *up, *down;
   explicit ScanScratch(float* s)
       : u(s),
         dt(u + kScanTile * kLanes),
-        rows(dt + kScanTile * kLanes),
+        drive(dt + kScanTile * kLanes),
+        sums(drive + kScanTile * kLanes),
+        rows(sums + kScanTile * kLanes),
         y(rows + 2 * kScanTile),
         up(y + kScanChunk * kLanes),
         down(up + kMaxState * kLanes) {}
@@ -87,18 +89,39 @@ static void scan_positions(Rows y, float* h, const ScanScratch& s, const Source&
                            int64_t end) {
   // An absent D is not D = 0: 0 · infinity is NaN.
   const Start first = {k == 1, source.skips(), source.skips() ? source.D(k) : Vec{}};
+  const bool driven = source.state > 1;
   each_tile(k, begin, end, [&](int64_t start, int64_t count) {
     const Rows u = source.u(s.u, k, start, count), dt = source.dt(s.dt, k, start, count);
-    const Rows out = {y[start - begin], y.step};
+    const Rows out = {y[start - begin], y.step}, drive = {s.drive}, sums = {s.sums};
+    IntVec largest{};  // as integers magnitudes have the same order, and NaN is above all
+    for (int64_t l = 0; (driven || kHasModerate) && l < count; ++l) {
+      const IntVec size = reinterpret_cast<IntVec>(magnitude(dt.get(l)));
+      largest = size > largest ? size : largest;
+      if (!driven) continue;
+      const Vec input = u.get(l);
+      drive.set(l, dt.get(l) * input);
+      if (kOutput) sums.set(l, first.skips ? first.skip * input : Vec{});
+    }
     for (int64_t n = 0; n < source.state; ++n) {
       const Coefficient b = source.B(s.rows, k, n, start, count);
       const Coefficient c = kOutput ? source.C(s.rows + kScanTile, k, n, start, count) : Coefficient{};
-      const Vec a = source.A(k, n) * kLog2E, entering = load(h + n * kLanes);
-      const Vec leaving = !kOutput ? scan_tile<Output::kNone>(out, dt, u, a, b, c, entering, k == 1, count, first)
-                          : n == 0 ? scan_tile<Output::kFirst>(out, dt, u, a, b, c, entering, k == 1, count, first)
-                                   : scan_tile<Output::kFurther>(out, dt, u, a, b, c, entering, k == 1, count, first);
-      store(h + n * kLanes, leaving);
+      const Vec a = source.A(k, n) * kLog2E;
+      const auto scan = [&](auto is_driven, auto is_moderate) {
+        const Vec entering = load(h + n * kLanes);
+        store(h + n * kLanes,
+              scan_tile<kOutput, is_driven, is_moderate>(is_driven ? sums : out, dt, is_driven ? drive : u, a, b, c,
+                                                         entering, k == 1, count, first));
+      };
+      const bool moderate = kHasModerate && all(reinterpret_cast<Vec>(largest) * magnitude(a) < kModerateExponent);
+      if (driven)
+        moderate ? scan(std::true_type{}, std::bool_constant<kHasModerate>{})
+                 : scan(std::true_type{}, std::false_type{});
+      else
+        moderate ? scan(std::false_type{}, std::bool_constant<kHasModerate>{})
+                 : scan(std::false_type{}, std::false_type{});
     }
+    for (int64_t l = 0; kOutput && driven && l < count; ++l)
+      out.set(l, first.accumulates ? out.get(l) + sums.get(l) : sums.get(l));
   });
 }
 

@@ -55,6 +55,11 @@ INLINE Vec at_most(Vec x, Vec high) { return reinterpret_cast<Vec>(_mm256_min_ps
 INLINE Vec at_least(Vec x, Vec low) { return select(x < low, low, x); }
 INLINE Vec at_most(Vec x, Vec high) { return select(x > high, high, x); }
 #endif
+INLINE bool all(IntVec mask) {
+  int32_t both = -1;
+  for (int i = 0; i < kLanes; ++i) both &= mask[i];
+  return both != 0;
+}
 INLINE Vec magnitude(Vec x) { return from_bits(bits(x) & 0x7fffffffu); }
 
 INLINE Vec load(const float* p) {
@@ -260,6 +265,7 @@ INLINE void with_count(int64_t count, F f) {
 }
 
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kModerateExponent = 125.0f;
 
 // 2^x to about one unit in the last place, and log(1 + e^x) = max(x, 0) + log1p(e^-|x|), whose second term beyond 20 is
 // under half a unit in the last place of x, which makes it PyTorch's identity there. Subnormal results, infinities and
@@ -331,6 +337,11 @@ INLINE V exp2(V x) {
   p = p * r * power + power;
   return scale(p, x);
 }
+constexpr bool kHasModerate = false;  // the instructions take every exponent
+template <class V>
+INLINE V moderate_exp2(V x) {
+  return exp2(x);
+}
 template <class V>
 INLINE V softplus(V x) {
   const V t = exp2(magnitude(x) * -kLog2E), index = below(0x1.8p19f, t);
@@ -340,23 +351,35 @@ INLINE V softplus(V x) {
   return p * t + at_least(x, splat(0.0f));
 }
 #else
-INLINE Vec exp2(Vec x) {
-  x = at_most(at_least(x, splat(-151.0f)), splat(129.0f));
-  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are x rounded to an integer
-  const Vec r = x - (shifted - 12582912.0f);
-  // Near-minimax on [-1/2, 1/2], relative error 2e-9.
+// 2^r for r in [-1/2, 1/2], near-minimax, relative error 2e-9.
+INLINE Vec exp2_of_fraction(Vec r) {
   Vec p = splat(0.0001534580806f);
   p = p * r + 0.001339993090f;
   p = p * r + 0.009618489072f;
   p = p * r + 0.05550328642f;
   p = p * r + 0.2402264625f;
   p = p * r + 0.6931471825f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+INLINE Vec exp2(Vec x) {
+  x = at_most(at_least(x, splat(-151.0f)), splat(129.0f));
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are x rounded to an integer
+  const Vec p = exp2_of_fraction(x - (shifted - 12582912.0f));
   // Two factors, because 2^n itself may overflow or be subnormal.
   const IntVec n = reinterpret_cast<IntVec>(bits(shifted) - 0x4b400000u);
   const IntVec half = n >> 1;
   const Vec a = reinterpret_cast<Vec>((half + 127) << 23), b = reinterpret_cast<Vec>((n - half + 127) << 23);
   return select(x != x, x, p * a * b);
+}
+constexpr bool kHasModerate = true;
+// exp2 of what is below kModerateExponent in magnitude, in half the operations.
+template <int kCount>
+INLINE Pack<kCount> moderate_exp2(Pack<kCount> x) {
+  return each(x, [](Vec v) {
+    const Vec shifted = v + 12582912.0f;
+    // What is not an integer in `shifted` has no bits below the 23rd.
+    return from_bits(bits(exp2_of_fraction(v - (shifted - 12582912.0f))) + (bits(shifted) << 23));
+  });
 }
 INLINE Vec softplus(Vec x) {
   const Vec t = exp2(magnitude(x) * -kLog2E);

@@ -12,7 +12,7 @@ constexpr int64_t kMaxState = 256;
 // Floats of one thread's scratch for a forward over vectors of `lanes`.
 inline int64_t scan_fwd_scratch(int64_t length, int64_t state, int64_t lanes) {
   const int64_t chunks = (length + kScanChunk - 1) / kScanChunk;
-  return (2 * kScanTile + kScanChunk + kMaxState + chunks * state) * lanes + 2 * kScanTile;
+  return (4 * kScanTile + kScanChunk + kMaxState + chunks * state) * lanes + 2 * kScanTile;
 }
 
 }  // namespace mobilemamba

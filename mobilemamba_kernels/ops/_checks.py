@@ -118,11 +118,6 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 
 

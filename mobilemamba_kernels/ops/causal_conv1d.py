@@ -57,7 +57,8 @@ def causal_conv1d_fn(
     )
     check_dims(op, "x", x, "batch, dim, L")
     batch, dim, length = x.shape
-    width = check_filter(op, weight, bias, dim, activation)
+    width = check_filter(op, weight, bias, dim)
+    check_activation(op, activation)
     for name, states in (("initial_states", initial_states), ("final_states_out", final_states_out)):
         check_shape(op, name, states, (batch, dim, width - 1), "batch, dim, W - 1")
     if seq_idx is not None:
@@ -79,8 +80,8 @@ def causal_conv1d_fn(
     return y, final
 
 
-def check_filter(op: str, weight: Tensor, bias: Tensor | None, dim: int, activation: str | None) -> int:
-    """Check a filter of ``dim`` channels, its bias and activation; return its width W.
+def check_filter(op: str, weight: Tensor, bias: Tensor | None, dim: int) -> int:
+    """Check a filter of ``dim`` channels and its bias; return its width W.
 
     Raises:
         ValueError: they do not fit.
@@ -91,9 +92,17 @@ def check_filter(op: str, weight: Tensor, bias: Tensor | None, dim: int, activat
     if width not in WIDTHS:
         raise ValueError(f"{op}: weight's width W must be 2, 3 or 4; got {width}; use torch.nn.functional.conv1d")
     check_shape(op, "bias", bias, (dim,), "dim")
+    return width
+
+
+def check_activation(op: str, activation: str | None) -> None:
+    """Check the activation's name.
+
+    Raises:
+        ValueError: unknown.
+    """
     if activation not in (None, "silu", "swish"):
         raise ValueError(f'{op}: activation must be None, "silu" or "swish"; got {activation!r}')
-    return width
 
 
 def _reference(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mobilemamba_kernels._library import define_update
-from mobilemamba_kernels.backends import choose
+from mobilemamba_kernels.backends import run_update
 from mobilemamba_kernels.ops._checks import (
     accumulate_dtype,
     check_dims,
@@ -15,9 +15,8 @@ from mobilemamba_kernels.ops._checks import (
     check_rows,
     check_shape,
     check_tensors,
-    needs_gradient,
 )
-from mobilemamba_kernels.ops.causal_conv1d import check_filter
+from mobilemamba_kernels.ops.causal_conv1d import check_activation, check_filter
 
 
 def causal_conv1d_update(
@@ -53,12 +52,26 @@ def causal_conv1d_update(
         TypeError: an argument is no real floating-point tensor, or an index no integer.
         ValueError: shapes, devices, options or width do not fit, or (on a CPU) a row of ``conv_state`` does not exist.
     """
+    check_activation("causal_conv1d_update", activation)
+    args = (x, conv_state, weight, bias, activation is not None, cache_seqlens, conv_state_indices)
+    return run_update("causal_conv1d_update", _run, _check, (x, conv_state, weight, bias), args)
+
+
+def _check(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+) -> None:
     op = "causal_conv1d_update"
     check_tensors(op, {"x": x, "conv_state": conv_state, "weight": weight}, {"bias": bias})
     if x.ndim not in (2, 3):
         raise ValueError(f"{op}: x must have shape (batch, dim) or (batch, dim, T); got {tuple(x.shape)}")
     batch, dim = x.shape[:2]
-    width = check_filter(op, weight, bias, dim, activation)
+    width = check_filter(op, weight, bias, dim)
     check_dims(op, "conv_state", conv_state, "batch, dim, S")
     rows, length = conv_state.shape[0], conv_state.shape[2]
     check_shape(
@@ -71,10 +84,6 @@ def causal_conv1d_update(
             check_indices(op, name, index, x)
             check_shape(op, name, index, (batch,), "batch")
     check_rows(op, "conv_state_indices", conv_state_indices, rows)
-    args = (x, conv_state, weight, bias, activation is not None, cache_seqlens, conv_state_indices)
-    if needs_gradient(x, conv_state, weight, bias):
-        return _reference(*args)
-    return _run[choose("causal_conv1d_update", x, conv_state, weight, bias)](*args)
 
 
 def _reference(

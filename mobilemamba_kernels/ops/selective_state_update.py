@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mobilemamba_kernels._library import define_update
-from mobilemamba_kernels.backends import choose
+from mobilemamba_kernels.backends import run_update
 from mobilemamba_kernels.ops._checks import (
     accumulate_dtype,
     check_indices,
     check_rows,
     check_shape,
     check_tensors,
-    needs_gradient,
 )
 from mobilemamba_kernels.ops.selective_scan import check_state
 
@@ -57,6 +56,23 @@ def selective_state_update(
         TypeError: an argument is no real floating-point tensor, or an index no integer.
         ValueError: shapes or devices do not fit together, or (on a CPU) a row of ``state`` does not exist.
     """
+    args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    return run_update("selective_state_update", _run, _check, (x, state, dt, A, B, C, D, z, dt_bias), args)
+
+
+def _check(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state_batch_indices: Tensor | None,
+) -> None:
     op = "selective_state_update"
     check_tensors(
         op,
@@ -89,10 +105,6 @@ def selective_state_update(
         check_indices(op, "state_batch_indices", state_batch_indices, x)
         check_shape(op, "state_batch_indices", state_batch_indices, (batch,), "batch")
     check_rows(op, "state_batch_indices", state_batch_indices, state.shape[0])
-    args = (state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), state_batch_indices)
-    if needs_gradient(state, x, dt, A, B, C, D, z, dt_bias):
-        return _reference(*args)
-    return _run[choose("selective_state_update", x, state, dt, A, B, C, D, z, dt_bias)](*args)
 
 
 def _reference(

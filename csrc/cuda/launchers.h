@@ -3,13 +3,23 @@
 
 #include <cuda_runtime.h>
 
+#include "include/causal_conv1d_cuda.h"
+#include "include/causal_conv1d_update.h"
 #include "include/depthwise_conv2d_act.h"
 #include "include/haar.h"
 #include "include/selective_scan_cuda.h"
+#include "include/selective_state_update.h"
 #include "include/ss2d_normalize.h"
 #include "include/wavelet_depthwise_conv2d_cuda.h"
 
 namespace mobilemamba {
+
+// Chooses the sizes of a launch on the current device, from the operands' sizes.
+void plan_causal_conv1d(CausalConv1dCudaParams& p);
+cudaError_t causal_conv1d_fwd(const CausalConv1dCudaParams& p, cudaStream_t stream);
+// The gradients of x and of the initial states, and partial sums of those of the filter.
+cudaError_t causal_conv1d_bwd(const CausalConv1dCudaParams& p, cudaStream_t stream);
+cudaError_t causal_conv1d_update(const CausalConv1dUpdateParams& p, cudaStream_t stream);
 
 cudaError_t depthwise_conv2d_act(const DepthwiseConv2dActParams& p, cudaStream_t stream);
 
@@ -31,6 +41,8 @@ cudaError_t selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t
 // Before a backward with z: fills grad_z and gated.
 cudaError_t selective_scan_gate(const SelectiveScanCudaParams& p, cudaStream_t stream);
 cudaError_t partial_sums(const PartialSumsParams& p, cudaStream_t stream);
+
+cudaError_t selective_state_update(const SelectiveStateUpdateParams& p, cudaStream_t stream);
 
 cudaError_t ss2d_normalize(const Ss2dNormalizeParams& p, cudaStream_t stream);
 

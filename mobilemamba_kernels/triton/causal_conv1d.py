@@ -39,20 +39,18 @@ _GRADIENT_PROGRAMS = 4 * BUSY
 
 
 @triton.jit
-def _place(
-    block, channels, runs, count,
-    INSIDE: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """Batch and first position of the block's runs, and channels, those that are neighbours in memory last; which exist
-    of the runs, and of the tile."""
-    across = tl.cdiv(channels, CHANNELS)
-    m = (block // across).to(INDEX) * RUNS + tl.arange(0, RUNS).to(INDEX)
-    c = (block % across).to(INDEX) * CHANNELS + tl.arange(0, CHANNELS).to(INDEX)
-    if INSIDE:
-        m, c = m[:, None], c[None, :]
-    else:
-        m, c = m[None, :], c[:, None]
-    return m // runs, m % runs * RUN, c, m < count, (m < count) & (c < channels)
+def _channels(block, INSIDE: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr):
+    """The channels of a tile, behind its runs where they are neighbours in memory."""
+    c = block.to(INDEX) * CHANNELS + tl.arange(0, CHANNELS).to(INDEX)
+    return c[None, :] if INSIDE else c[:, None]
+
+
+@triton.jit
+def _runs(block, runs, count, INSIDE: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, INDEX: tl.constexpr):
+    """Batch and first position of the runs of a tile, and which exist."""
+    m = block.to(INDEX) * RUNS + tl.arange(0, RUNS).to(INDEX)
+    m = m[:, None] if INSIDE else m[None, :]
+    return m // runs, m % runs * RUN, m < count
 
 
 @triton.jit
@@ -149,9 +147,10 @@ def _forward_kernel(
     WIDTH: tl.constexpr, SILU: tl.constexpr, INSIDE: tl.constexpr, ALIGN: tl.constexpr,
     RUN: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    batch, t, c, runs_exist, exists = _place(
-        tl.program_id(0), channels, runs, count, INSIDE, RUN, RUNS, CHANNELS, INDEX
-    )
+    across = tl.cdiv(channels, CHANNELS)
+    c = _channels(tl.program_id(0) % across, INSIDE, CHANNELS, INDEX)
+    batch, t, runs_exist = _runs(tl.program_id(0) // across, runs, count, INSIDE, RUN, RUNS, INDEX)
+    exists = runs_exist & (c < channels)
     length = _multiple(length, ALIGN)
     x += batch * _multiple(x_batch, ALIGN) + c * _multiple(x_channel, ALIGN)
     y += batch * _multiple(y_batch, ALIGN) + c * _multiple(y_channel, ALIGN)
@@ -197,22 +196,25 @@ def _backward_kernel(
 ):  # fmt: skip
     """``parts`` is (groups of runs, WIDTH + 1, channels): the sums for the taps, and that for the bias."""
     across = tl.cdiv(channels, CHANNELS)
-    group, block = tl.program_id(0) // across, tl.program_id(0) % across
+    group = tl.program_id(0) // across
+    c = _channels(tl.program_id(0) % across, INSIDE, CHANNELS, INDEX)
+    taps, shift = _load_filter(weight, bias, c, channels, w_channel, w_tap, bias_channel, WIDTH)
     length = _multiple(length, ALIGN)
     sums = repeat(tl.zeros([RUNS, CHANNELS] if INSIDE else [CHANNELS, RUNS], tl.float32), WIDTH + 1)
     for step in range(steps):
-        batch, t, c, runs_exist, exists = _place(
-            (group * steps + step) * across + block, channels, runs, count, INSIDE, RUN, RUNS, CHANNELS, INDEX
-        )
+        batch, t, runs_exist = _runs(group * steps + step, runs, count, INSIDE, RUN, RUNS, INDEX)
+        exists = runs_exist & (c < channels)
         at_x = x + batch * _multiple(x_batch, ALIGN) + c * _multiple(x_channel, ALIGN)
         at_grad = grad + batch * _multiple(grad_batch, ALIGN) + c * _multiple(grad_channel, ALIGN)
         at_grad_x = grad_x + batch * _multiple(grad_x_batch, ALIGN) + c * _multiple(grad_x_channel, ALIGN)
         at_numbers = None if seq_idx is None else seq_idx + batch * s_batch
         at_initial = None if initial_states is None else initial_states + batch * i_batch + c * i_channel
-        taps, shift = _load_filter(weight, bias, c, channels, w_channel, w_tap, bias_channel, WIDTH)
         known = _load_known(at_x, at_initial, t, x_position, i_position, length, exists, INSIDE, RUN, WIDTH)
         known = known + _load_run(at_x, t + RUN, x_position, length, exists, INSIDE, RUN)
         numbers = _load_numbers(at_numbers, t - (WIDTH - 1), s_position, length, runs_exist, RUN + 2 * (WIDTH - 1))
+        if numbers is not None:  # a NaN of the padding times its gradient, which is 0, is no part of the sums
+            for i in tl.static_range(RUN + WIDTH - 1):
+                known = replace(known, i, tl.where(numbers[i] < 0, 0.0, known[i]))
         grads = _load_run(at_grad, t, grad_position, length, exists, INSIDE, RUN)
         grads = grads + _load_run(at_grad, t + RUN, grad_position, length, exists, INSIDE, RUN)
 
@@ -241,10 +243,9 @@ def _backward_kernel(
                 result = _adjoint(slopes, numbers, taps, i, WIDTH).to(grad_initial.dtype.element_ty)
                 tl.store(at_grad_initial + i * grad_i_position, result, exists & (t == 0))
 
-    c = block.to(INDEX) * CHANNELS + tl.arange(0, CHANNELS).to(INDEX)
     for j in tl.static_range(WIDTH + 1):
         part = parts + (group.to(INDEX) * (WIDTH + 1) + j) * channels + c
-        tl.store(part, tl.sum(sums[j], 0 if INSIDE else 1), c < channels)
+        tl.store(part, tl.sum(sums[j], 0 if INSIDE else 1, keep_dims=True), c < channels)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int, int]:

@@ -88,9 +88,9 @@ def forward(
     if not x.numel():
         return y
     if x.ndim == 2:
-        state, x, dt, out = (t.unsqueeze(1) for t in (state, x, dt, y))
+        state, x, dt, out, A = *(t.unsqueeze(1) for t in (state, x, dt, y)), A.unsqueeze(0)
+        D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (D, dt_bias))
         z = None if z is None else z.unsqueeze(1)
-        A, D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_bias))
     if B.ndim == 2:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     batch, heads, channels = x.shape

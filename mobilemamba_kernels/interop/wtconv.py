@@ -1,0 +1,94 @@
+"""WTConv's module (https://github.com/BGU-CS-VIL/WTConv, arXiv 2407.05848)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobilemamba_kernels.ops.depthwise_conv2d_act import depthwise_conv2d_act
+from mobilemamba_kernels.ops.wavelet_depthwise_conv2d import wavelet_depthwise_conv2d
+
+__all__ = ["WTConv2d"]
+
+
+class WTConv2d(nn.Module):
+    """A depthwise convolution plus a cascade of depthwise convolutions of its input's Haar wavelet bands.
+
+    Parameters have the names and shapes of the original, so its state dicts load.
+
+    Args:
+        in_channels, out_channels: the same number.
+        kernel_size: odd.
+        stride: of the result.
+        bias: of the convolution of the input itself.
+        wt_levels: how often the low band is transformed again.
+        wt_type: "db1" or "haar" (the same).
+
+    Raises:
+        ValueError: the sizes do not fit, or another wavelet.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 5,
+        stride: int = 1,
+        bias: bool = True,
+        wt_levels: int = 1,
+        wt_type: str = "db1",
+    ) -> None:
+        super().__init__()
+        if in_channels != out_channels:
+            raise ValueError(f"WTConv2d: in_channels and out_channels must agree; got {in_channels} and {out_channels}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"WTConv2d: kernel_size must be odd; got {kernel_size}")
+        if wt_levels < 1 or stride < 1:
+            raise ValueError(f"WTConv2d: wt_levels and stride must be at least 1; got {wt_levels} and {stride}")
+        if wt_type not in ("db1", "haar"):
+            raise ValueError(f"WTConv2d: wt_type must be db1 or haar, which are the same; got {wt_type!r}")
+        self.in_channels, self.wt_levels, self.stride, self.dilation = in_channels, wt_levels, stride, 1
+        signs = torch.tensor([[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]])
+        haar = (signs / 2).unsqueeze(1).repeat(in_channels, 1, 1, 1)
+        self.wt_filter, self.iwt_filter = (nn.Parameter(haar.clone(), requires_grad=False) for _ in range(2))
+        self.base_conv = _depthwise(in_channels, kernel_size, bias)
+        self.base_scale = _Scale(in_channels, 1.0)
+        self.wavelet_convs = nn.ModuleList(_depthwise(4 * in_channels, kernel_size, False) for _ in range(wt_levels))
+        self.wavelet_scale = nn.ModuleList(_Scale(4 * in_channels, 0.1) for _ in range(wt_levels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, C, H, W) to (batch, C, ⌈H / stride⌉, ⌈W / stride⌉), in x's dtype."""
+        return forward(self, x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("wt_filter", "iwt_filter"):
+            loaded, own = state_dict.get(prefix + name), getattr(self, name)
+            if loaded is not None and (loaded.shape != own.shape or (loaded.to(own) - own).abs().max() > 1e-4):
+                raise ValueError(f"WTConv2d: {prefix}{name} is not the Haar wavelet's, the only one that there is here")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def forward(module: Any, x: Tensor) -> Tensor:
+    """The forward of a :class:`WTConv2d`, ours or the original."""
+    scale = module.base_scale.weight.view(-1)
+    bias = module.base_conv.bias
+    base = depthwise_conv2d_act(
+        x, module.base_conv.weight * scale.view(-1, 1, 1, 1), None if bias is None else bias * scale
+    )
+    weights = [conv.weight for conv in module.wavelet_convs]
+    y = wavelet_depthwise_conv2d(x, weights, [scale.weight for scale in module.wavelet_scale], base)
+    return y if module.stride == 1 else y[:, :, :: module.stride, :: module.stride]
+
+
+def _depthwise(channels: int, kernel_size: int, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel_size, padding="same", groups=channels, bias=bias)
+
+
+class _Scale(nn.Module):
+    """Holds a scale a channel under the original's name."""
+
+    def __init__(self, channels: int, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, channels, 1, 1), value))

@@ -2,6 +2,7 @@
 
 from mobilemamba_kernels._version import __version__
 from mobilemamba_kernels.backends import report, use_backend
+from mobilemamba_kernels.interop import patch, patched, unpatch
 from mobilemamba_kernels.ops.bidirectional_selective_scan import bidirectional_selective_scan
 from mobilemamba_kernels.ops.causal_conv1d import causal_conv1d_fn
 from mobilemamba_kernels.ops.causal_conv1d_update import causal_conv1d_update
@@ -31,6 +32,8 @@ __all__ = [
     "haar_dwt2d",
     "haar_idwt2d",
     "pack_weight",
+    "patch",
+    "patched",
     "pointwise_conv2d_act",
     "report",
     "selective_scan_fn",
@@ -38,6 +41,7 @@ __all__ = [
     "selective_state_update",
     "squeeze_excite",
     "ss2d_bidirectional",
+    "unpatch",
     "use_backend",
     "wavelet_depthwise_conv2d",
 ]

@@ -115,10 +115,9 @@ def run_update(
         backend = choose(op, *tensors)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             backend = "reference"
-        if backend in ("cpu", "cuda") and not torch.compiler.is_compiling():
-            result = implementations[backend](*args)
-            if result.device == args[0].device:  # and not meta, which one tensor there makes of all
-                return result
+        together = all(t is None or t.device == tensors[0].device for t in tensors)  # type: ignore[union-attr]
+        if together and backend in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            return implementations[backend](*args)
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
         check(*args)
         raise

@@ -20,7 +20,7 @@ constexpr int kSegment = 8;
 
 using Params = CausalConv1dCudaParams;
 
-// Segments in shared memory lie one float apart: neither rows of positions nor columns of segments meet in a bank.
+// Segments in shared memory lie one float apart, so that lanes that go through their segments meet in no bank.
 ANYWHERE constexpr int spread(int position) { return position + position / kSegment; }
 constexpr int kRow = spread(kWarp * kSegment + 2 * (kMostTaps - 1));
 
@@ -31,18 +31,17 @@ ANYWHERE int64_t chunk_of(const Params& p) { return (by_channels(p) ? kWarps : k
 // What a thread has; items count batch, parts of a sequence, blocks of channels.
 struct Place {
   int64_t batch, part, channel, begin, end;  // its segments begin in [begin, end), a chunk apart
-  int lane, warp, segment;                   // the last in the chunk
-  bool by_channels, inside;                  // inside: of the channels
+  int lane, warp;
+  bool by_channels, inside;  // inside: of the channels
 
   __device__ Place(const Params& p, int64_t item)
       : lane(threadIdx.x), warp(threadIdx.y), by_channels(mobilemamba::by_channels(p)) {
     const int64_t blocks = blocks_of_channels(p), chunk = chunk_of(p);
-    segment = by_channels ? warp : lane;
     channel = item % blocks * (by_channels ? kWarp : kWarps) + (by_channels ? lane : warp), item /= blocks;
     inside = channel < p.dim;
     part = item % p.parts, batch = item / p.parts;
     const int64_t first = part * p.range * chunk, last = first + p.range * chunk;
-    begin = first + segment * kSegment;
+    begin = first + (by_channels ? warp : lane) * kSegment;
     // Where lanes are segments they stay together.
     end = (last < p.length ? last : p.length) + (by_channels ? 0 : lane * kSegment);
   }

@@ -120,7 +120,7 @@ cudaError_t plan(Plan& p) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   p.lanes = 1;
-  if (p.states.channel != 1)
+  if (p.states.state == 1 || p.states.channel != 1)
     while (p.lanes < p.state && p.lanes < kWarp) p.lanes *= 2;
   p.channels = kThreads;
   while (p.channels > kLeastChannels && (p.channels / 2 >= p.dim || p.items() < kBlocksOfProcessor * processors))

@@ -1,7 +1,7 @@
-"""Other projects' functions, by their names and signatures, on this package's operators; :func:`patch` puts them there.
+"""Other projects' functions, by their names and signatures, on this package's operators; ``patch`` puts them there.
 
-A module a project: ``mamba_ssm``, ``causal_conv1d``, ``vim``, ``vmamba``, ``wtconv``, ``transformers``. Each can be used
-without patching, as ``from mobilemamba_kernels.interop.mamba_ssm import selective_scan_fn``.
+A module a project: ``mamba_ssm``, ``causal_conv1d``, ``vim``, ``vmamba``, ``wtconv``, ``transformers``. Each can be
+used without patching, as ``from mobilemamba_kernels.interop.mamba_ssm import selective_scan_fn``.
 """
 
 from mobilemamba_kernels.interop._patching import patch, patched, unpatch

@@ -8,18 +8,55 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from mobilemamba_kernels.interop import causal_conv1d, mamba_ssm, transformers, vim, vmamba, wtconv
 
-TARGETS = ("transformers", "mamba_ssm", "vmamba", "vim", "wtconv")
+_Function = Callable[..., Any]
+_Candidates = dict[str, tuple[_Function, ...]]  # by name; the first whose parameters fit
+_ABSENT: Any = object()
 
 _lock = threading.RLock()
-_undo: dict[str, list[Callable[[], None]]] = {}
-_replaced: dict[str, dict[str, Any]] = {}
+_changed: dict[str, list[_Change]] = {}
+
+
+class _Change:
+    """``name`` of a module, a class or ``sys.modules`` is another object until it is undone."""
+
+    def __init__(self, owner: Any, name: str, new: Any) -> None:
+        self.owner, self.name, self.new = owner, name, new
+        self.old = owner.get(name, _ABSENT) if owner is sys.modules else vars(owner).get(name, _ABSENT)
+
+    def __str__(self) -> str:
+        if self.owner is sys.modules:
+            return f"sys.modules[{self.name!r}]"
+        where = (
+            self.owner.__name__
+            if isinstance(self.owner, ModuleType)
+            else f"{self.owner.__module__}.{self.owner.__name__}"
+        )
+        return f"{where}.{self.name}"
+
+    def do(self) -> None:
+        self._set(self.new)
+
+    def undo(self) -> None:
+        self._set(self.old)
+
+    def _set(self, value: Any) -> None:
+        if self.owner is sys.modules:
+            if value is _ABSENT:
+                sys.modules.pop(self.name, None)
+            else:
+                sys.modules[self.name] = value
+        elif value is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, value)
 
 
 def patch(target: str) -> dict[str, Any]:
@@ -46,18 +83,14 @@ def patch(target: str) -> dict[str, Any]:
         ImportError: the target has to be installed, and is not.
         RuntimeError: what would be replaced has another signature than this package knows; nothing is replaced then.
     """
-    if target not in TARGETS:
-        raise ValueError(f"patch: target must be one of {', '.join(TARGETS)}; got {target!r}")
+    if target not in _FINDERS:
+        raise ValueError(f"patch: target must be one of {', '.join(_FINDERS)}; got {target!r}")
     with _lock:
-        changes = _CHANGES[target]()
-        undo, replaced = _undo.setdefault(target, []), _replaced.setdefault(target, {})
-        for owner, name, new in changes:
-            old = owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
-            prefix = "sys.modules" if isinstance(owner, dict) else _name_of(owner)
-            replaced.setdefault(f"{prefix}.{name}", old)
-            _set(owner, name, new)
-            undo.append(functools.partial(_set, owner, name, old))
-        return dict(replaced)
+        found = list(_FINDERS[target]())
+        for change in found:
+            change.do()
+        _changed.setdefault(target, []).extend(found)
+        return {str(change): None if change.old is _ABSENT else change.old for change in _changed[target]}
 
 
 def unpatch(target: str | None = None) -> None:
@@ -66,23 +99,217 @@ def unpatch(target: str | None = None) -> None:
     Raises:
         ValueError: no such target.
     """
-    if target is not None and target not in TARGETS:
-        raise ValueError(f"unpatch: target must be None or one of {', '.join(TARGETS)}; got {target!r}")
+    if target is not None and target not in _FINDERS:
+        raise ValueError(f"unpatch: target must be None or one of {', '.join(_FINDERS)}; got {target!r}")
     with _lock:
-        for name in [target] if target else list(_undo):
-            for undo in reversed(_undo.pop(name, [])):
-                undo()
-            _replaced.pop(name, None)
+        for name in [target] if target else list(_changed):
+            for change in reversed(_changed.pop(name, [])):
+                change.undo()
+                _put_back(change)
 
 
 @contextmanager
 def patched(target: str) -> Iterator[dict[str, Any]]:
     """Patch within a ``with`` block; what was patched before it stays so behind it."""
     with _lock:
-        already = target in _undo
+        already = target in _changed
         replaced = patch(target)
     try:
         yield replaced
     finally:
         if not already:
             unpatch(target)
+
+
+def _modules() -> list[ModuleType]:
+    """The imported modules but for this package's."""
+    own = ("mobilemamba", "mobilemamba_kernels")
+    return [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] not in own]
+
+
+def _put_back(change: _Change) -> None:
+    """Undo a change in modules that have imported the new object by its name since."""
+    if change.old is _ABSENT or change.owner is sys.modules:
+        return
+    for module in _modules():
+        for name in [name for name, value in list(vars(module).items()) if value is change.new]:
+            setattr(module, name, change.old)
+
+
+def _parameters(function: _Function) -> list[str]:
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind not in kinds]
+
+
+def _replacement(theirs: _Function, *ours: _Function, only: _Function | None = None) -> _Function:
+    """The one of ``ours`` with the parameters of ``theirs`` (or more), for what ``only(*args, **kwargs)`` allows.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    wanted = _parameters(theirs)
+    fitting = next((f for f in ours if _parameters(f)[: len(wanted)] == wanted), None)
+    if fitting is None:
+        raise RuntimeError(
+            f"patch: {theirs.__module__}.{theirs.__name__} takes ({', '.join(wanted)}), this package's "
+            f"({', '.join(_parameters(ours[0]))}); nothing was replaced; install a version of either that fits"
+        )
+
+    @functools.wraps(theirs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fitting(*args, **kwargs) if only is None or only(*args, **kwargs) else theirs(*args, **kwargs)
+
+    call.mobilemamba_kernels = fitting  # type: ignore[attr-defined]
+    return call
+
+
+def _is_ours(function: Any) -> bool:
+    return hasattr(function, "mobilemamba_kernels")
+
+
+def _functions(module: ModuleType, ours: _Candidates, only: _Function | None = None) -> Iterator[_Change]:
+    """Replace functions of a module, wherever they were imported by name.
+
+    Raises:
+        RuntimeError: the module lacks one of them, or it takes other arguments.
+    """
+    for name, candidates in ours.items():
+        theirs = getattr(module, name, None)
+        if theirs is None:
+            raise RuntimeError(
+                f"patch: {module.__name__} has no {name}; nothing was replaced; install a version that has it"
+            )
+        if _is_ours(theirs):
+            continue
+        new = _replacement(theirs, *candidates, only=only)
+        for other in _modules():
+            yield from (_Change(other, key, new) for key, value in list(vars(other).items()) if value is theirs)
+
+
+def _new_modules(contents: dict[str, dict[str, Any]]) -> Iterator[_Change]:
+    """Make modules of these names; those that contain others are packages."""
+    made = {}
+    for name, attributes in contents.items():
+        module = made[name] = ModuleType(name, "Made by mobilemamba_kernels.patch.")
+        vars(module).update(attributes)
+        package = any(other.startswith(f"{name}.") for other in contents)
+        module.__spec__ = ModuleSpec(name, None, is_package=package)
+        if package:
+            module.__path__ = []
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(made[parent], child, module)
+        yield _Change(sys.modules, name, module)
+
+
+def _is_installed(name: str) -> bool:
+    return name in sys.modules or importlib.util.find_spec(name) is not None
+
+
+def _extensions(*names: str) -> Iterator[_Change]:
+    for name in names:
+        if not _is_installed(name):
+            module = getattr(vmamba, name)
+            module.__spec__ = ModuleSpec(name, None)
+            yield _Change(sys.modules, name, module)
+
+
+def _in_transformers() -> Iterator[_Change]:
+    if not _is_installed("transformers"):
+        raise ImportError("patch: transformers is not installed; install it, for example with pip install transformers")
+
+    def silu(*args: Any, activation: str | None = None, **kwargs: Any) -> bool:
+        return activation in (None, "silu", "swish")
+
+    for model in ("mamba", "falcon_mamba", "jamba", "zamba"):
+        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        for name in transformers.__all__:
+            only = silu if name.startswith("causal") else None
+            yield from _functions(module, {name: (getattr(transformers, name),)}, only)
+
+
+_CONV: _Candidates = {name: (getattr(causal_conv1d, name),) for name in causal_conv1d.__all__}
+_SCAN: _Candidates = {name: (getattr(mamba_ssm, name),) for name in ("selective_scan_fn", "mamba_inner_fn")}
+_STEP: _Candidates = {"selective_state_update": (mamba_ssm.selective_state_update,)}
+_VIM: _Candidates = {name: (getattr(vim, name),) for name in ("mamba_inner_fn_no_out_proj", "bimamba_inner_fn")}
+
+
+def _in_mamba_ssm(scan: _Candidates = _SCAN, conv: _Candidates = _CONV) -> Iterator[_Change]:
+    interface, step = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.selective_state_update"
+    first = lambda ours: {name: candidates[0] for name, candidates in ours.items()}  # noqa: E731
+    before = [*_extensions("selective_scan_cuda")]
+    if not _is_installed("causal_conv1d"):
+        before += _new_modules({"causal_conv1d": first(conv), "causal_conv1d.causal_conv1d_interface": first(conv)})
+    elif not _made("causal_conv1d"):
+        before += _functions(importlib.import_module("causal_conv1d"), conv)
+    if not _is_installed("mamba_ssm"):
+        before += _new_modules(
+            {
+                "mamba_ssm": first(scan),
+                "mamba_ssm.ops": {},
+                interface: first(scan),
+                "mamba_ssm.ops.triton": {},
+                step: first(_STEP),
+            }
+        )
+    elif not _made("mamba_ssm"):
+        with _temporarily(before):
+            for module, ours in ((interface, scan), (step, _STEP)):
+                before += _functions(importlib.import_module(module), ours)
+    yield from before
+
+
+def _made(name: str) -> bool:
+    return (sys.modules[name].__doc__ or "").startswith("Made by") if name in sys.modules else False
+
+
+@contextmanager
+def _temporarily(changes: Iterable[_Change]) -> Iterator[None]:
+    """With changes made, so that what needs them can be imported."""
+    made = list(changes)
+    for change in made:
+        change.do()
+    try:
+        yield
+    finally:
+        for change in reversed(made):
+            change.undo()
+
+
+def _in_vim() -> Iterator[_Change]:
+    return _in_mamba_ssm(_SCAN | _VIM, _CONV | {"causal_conv1d_fn": (vim.causal_conv1d_fn, *_CONV["causal_conv1d_fn"])})
+
+
+def _in_vmamba() -> Iterator[_Change]:
+    ours = {name: (getattr(vmamba, name),) for name in ("selective_scan_fn", "cross_scan_fn", "cross_merge_fn")}
+    for module in _modules():
+        theirs = {name: vars(module)[name] for name in ours if inspect.isfunction(vars(module).get(name))}
+        own = {name: function for name, function in theirs.items() if function.__module__ == module.__name__}
+        if "cross_scan_fn" in own or ("selective_scan_fn" in own and "oflex" in _parameters(own["selective_scan_fn"])):
+            yield from _functions(module, {name: ours[name] for name in own})
+    yield from _extensions("selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")
+
+
+def _in_wtconv() -> Iterator[_Change]:
+    if not _is_installed("wtconv"):
+        ours = {"WTConv2d": wtconv.WTConv2d}
+        yield from _new_modules({"wtconv": ours, "wtconv.wtconv2d": ours})
+    elif not _made("wtconv"):
+        importlib.import_module("wtconv")
+
+    def haar(module: Any, x: Any) -> bool:
+        return module.wt_filter.shape[-1] == 2 and module.base_conv.kernel_size[0] % 2 == 1
+
+    classes: set[Any] = {vars(module)["WTConv2d"] for module in _modules() if "WTConv2d" in vars(module)}
+    for theirs in classes - {wtconv.WTConv2d}:
+        if inspect.isclass(theirs) and not _is_ours(getattr(theirs, "forward", None)):
+            yield _Change(theirs, "forward", _replacement(vars(theirs)["forward"], wtconv.WTConv2d.forward, only=haar))
+
+
+_FINDERS: dict[str, Callable[[], Iterator[_Change]]] = {
+    "transformers": _in_transformers,
+    "mamba_ssm": _in_mamba_ssm,
+    "vmamba": _in_vmamba,
+    "vim": _in_vim,
+    "wtconv": _in_wtconv,
+}

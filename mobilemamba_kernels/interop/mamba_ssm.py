@@ -123,7 +123,7 @@ def project(
     check_shape(op, "x_proj_weight", x_proj_weight, (columns, dim), "rank + N for each of B and C not given, dim")
     check_shape(op, "delta_proj_weight", delta_proj_weight, (dim, rank), "dim, rank")
     x, z = xz.chunk(2, dim=1)
-    x = causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
+    x = causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")  # type: ignore[assignment]
     projected = F.linear(x.mT, x_proj_weight)
     delta = F.linear(projected[..., :rank], delta_proj_weight)
     if dt_rms_weight is not None:

@@ -1,7 +1,7 @@
 """Hugging Face transformers' functions of its Mamba models, by the names and signatures of their modules.
 
-Those of Mamba, FalconMamba, Jamba and Zamba run a Python loop on a CPU. ``mamba_inner_fn`` is not among them: without it
-a model in training calls the others, which are as fast and apply its attention mask.
+Those of Mamba, FalconMamba, Jamba and Zamba run a Python loop on a CPU. ``mamba_inner_fn`` is not among them: without
+it a model in training calls the others, which are as fast and apply its attention mask.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def mamba_selective_scan(
     use_associative_scan: bool = False,
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`mobilemamba_kernels.selective_scan_fn`; the two ``use_`` options choose among slower ways to the same."""
+    """As :func:`mobilemamba_kernels.selective_scan_fn`; the two ``use_`` options choose slower ways to the same."""
     return selective_scan_fn(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 

@@ -9,8 +9,14 @@ from torch import Tensor
 from mobilemamba_kernels.interop.mamba_ssm import project, run_inner, selective_scan_fn
 from mobilemamba_kernels.ops._checks import check_shape
 from mobilemamba_kernels.ops.bidirectional_selective_scan import bidirectional_selective_scan
+from mobilemamba_kernels.ops.causal_conv1d import causal_conv1d_fn as _causal_conv1d_fn
 
-__all__ = ["bimamba_inner_fn", "mamba_inner_fn_no_out_proj"]
+__all__ = ["bimamba_inner_fn", "causal_conv1d_fn", "mamba_inner_fn_no_out_proj"]
+
+
+def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """As :func:`mobilemamba_kernels.causal_conv1d_fn`, with the arguments of the version that comes with Vim."""
+    return _causal_conv1d_fn(x, weight, bias, activation=activation)  # type: ignore[return-value]
 
 
 def mamba_inner_fn_no_out_proj(
@@ -89,9 +95,8 @@ def bimamba_inner_fn(
         )  # fmt: skip
     else:
         # Constant and grouped B and C. Vim flips the former along N, and its networks may have learnt that.
+        x_b, delta_b, B_b, C_b, z_b = (t.flip(-1) for t in (x, delta, B, C, z))
         first = selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        second = selective_scan_fn(
-            x.flip(-1), delta.flip(-1), A_b, B.flip(-1), C.flip(-1), D, z.flip(-1), delta_bias, delta_softplus
-        )
-        y = first + second.flip(-1)  # type: ignore[union-attr]
+        second = selective_scan_fn(x_b, delta_b, A_b, B_b, C_b, D, z_b, delta_bias, delta_softplus)
+        y = first + second.flip(-1)  # type: ignore[operator, union-attr]
     return F.linear(y.mT, out_proj_weight, out_proj_bias)

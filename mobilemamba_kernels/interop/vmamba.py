@@ -218,10 +218,10 @@ def _backward(
     z: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor]:
     """The gradients of u, delta, A, B, C, D, delta_bias and z, and the gated result."""
-    inputs = [t if t is None else t.detach().requires_grad_() for t in (u, delta, A, B, C, D, delta_bias, z)]
+    inputs: list[Any] = [t if t is None else t.detach().requires_grad_() for t in (u, delta, A, B, C, D, delta_bias, z)]
     with torch.enable_grad():
-        out = selective_scan_fn(*inputs[:7], delta_softplus, dout.dtype != u.dtype)  # type: ignore[arg-type]
-        gated = out if z is None else _gate(out, inputs[7])  # type: ignore[arg-type]
+        out = selective_scan_fn(*inputs[:7], delta_softplus, oflex=dout.dtype != u.dtype)
+        gated = out if z is None else _gate(out, inputs[7])
         given = [t for t in inputs if t is not None]
         found = iter(torch.autograd.grad(gated, given, dout))
     return [None if t is None else next(found) for t in inputs], gated.detach()

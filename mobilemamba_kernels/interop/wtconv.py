@@ -59,8 +59,13 @@ class WTConv2d(nn.Module):
         self.wavelet_scale = nn.ModuleList(_Scale(4 * in_channels, 0.1) for _ in range(wt_levels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, C, H, W) to (batch, C, ⌈H / stride⌉, ⌈W / stride⌉), in x's dtype."""
-        return forward(self, x)
+        """(batch, C, H, W) to (batch, C, ⌈H / stride⌉, ⌈W / stride⌉), in x's dtype. Serves the original class too."""
+        scale, bias = self.base_scale.weight.view(-1), self.base_conv.bias
+        weight = self.base_conv.weight * scale.view(-1, 1, 1, 1)
+        base = depthwise_conv2d_act(x, weight, None if bias is None else bias * scale)
+        weights, scales = ([part.weight for part in parts] for parts in (self.wavelet_convs, self.wavelet_scale))
+        y = wavelet_depthwise_conv2d(x, weights, scales, base)  # type: ignore[arg-type]
+        return y if self.stride == 1 else y[:, :, :: self.stride, :: self.stride]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("wt_filter", "iwt_filter"):
@@ -68,18 +73,6 @@ class WTConv2d(nn.Module):
             if loaded is not None and (loaded.shape != own.shape or (loaded.to(own) - own).abs().max() > 1e-4):
                 raise ValueError(f"WTConv2d: {prefix}{name} is not the Haar wavelet's, the only one that there is here")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def forward(module: Any, x: Tensor) -> Tensor:
-    """The forward of a :class:`WTConv2d`, ours or the original."""
-    scale = module.base_scale.weight.view(-1)
-    bias = module.base_conv.bias
-    base = depthwise_conv2d_act(
-        x, module.base_conv.weight * scale.view(-1, 1, 1, 1), None if bias is None else bias * scale
-    )
-    weights = [conv.weight for conv in module.wavelet_convs]
-    y = wavelet_depthwise_conv2d(x, weights, [scale.weight for scale in module.wavelet_scale], base)
-    return y if module.stride == 1 else y[:, :, :: module.stride, :: module.stride]
 
 
 def _depthwise(channels: int, kernel_size: int, bias: bool) -> nn.Conv2d:

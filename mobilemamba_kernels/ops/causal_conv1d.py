@@ -116,6 +116,8 @@ def _reference(
     dtype = accumulate_dtype(x.dtype)
     width, length = weight.shape[1], x.shape[-1]
     before = x.new_zeros(*x.shape[:2], width - 1) if initial_states is None else initial_states
+    if seq_idx is not None:  # what the padding holds has no effect, on gradients either
+        x = torch.where(seq_idx.unsqueeze(1) >= 0, x, 0)
     known = torch.cat([before.to(dtype), x.to(dtype)], dim=-1)
     taps = weight.to(dtype)
     y = known.new_zeros(x.shape) if bias is None else bias.to(dtype).unsqueeze(-1).expand(x.shape)

@@ -43,7 +43,7 @@ def selective_state_update(
         state: (batch, [heads,] dim, N), float16, bfloat16, float32 or float64, of any strides, N at most 256.
         x, dt, z: (batch, [heads,] dim).
         A: ([heads,] dim, N).
-        B, C: (batch, N) or, with heads, (batch, groups, N), heads a multiple of groups.
+        B, C: (batch, N) or (batch, groups, N), heads a multiple of groups.
         D, dt_bias: ([heads,] dim).
         dt_softplus: apply softplus (the identity above 20) to the step sizes.
         state_batch_indices: int32 or int64, (batch), all different: the row of ``state``, which may then have any
@@ -56,6 +56,8 @@ def selective_state_update(
         TypeError: an argument is no real floating-point tensor, or an index no integer.
         ValueError: shapes or devices do not fit together, or (on a CPU) a row of ``state`` does not exist.
     """
+    if getattr(state, "ndim", 0) == 3 and getattr(B, "ndim", 0) == 3:  # one group, of no heads
+        B, C = B.squeeze(1), C.squeeze(1)
     args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     return run_update("selective_state_update", _run, _check, (x, state, dt, A, B, C, D, z, dt_bias), args)
 

@@ -282,7 +282,7 @@ CONV, SCAN, HEADS = STEPS[1], STEPS[11], STEPS[14]
         (SCAN, {"x": torch.ones(2, 36)}, ValueError, r"x must have shape \(batch, dim\) = \(2, 37\)"),
         (SCAN, {"state": torch.ones(2, 37)}, ValueError, "state must have shape"),
         (SCAN, {"A": torch.ones(37, 15)}, ValueError, r"A must have shape \(dim, N\) = \(37, 16\)"),
-        (SCAN, {"B": torch.ones(2, 1, 16)}, ValueError, r"B must have shape \(batch, N\) = \(2, 16\)"),
+        (SCAN, {"B": torch.ones(2, 2, 16)}, ValueError, r"B must have shape \(batch, N\) = \(2, 16\)"),
         (SCAN, {"state_batch_indices": torch.tensor([0, 9])}, ValueError, "must be below 2, the number of rows; got 9"),
         (SCAN, {"state_batch_indices": [0, 1]}, TypeError, "state_batch_indices must be a tensor; got list"),
         (SCAN, {"dt": torch.ones(2, 37, device="meta")}, ValueError, "dt is on meta but x is on cpu"),

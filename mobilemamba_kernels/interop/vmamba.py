@@ -220,7 +220,7 @@ def _backward(
     """The gradients of u, delta, A, B, C, D, delta_bias and z, and the gated result."""
     inputs: list[Any] = [t if t is None else t.detach().requires_grad_() for t in (u, delta, A, B, C, D, delta_bias, z)]
     with torch.enable_grad():
-        out = selective_scan_fn(*inputs[:7], delta_softplus, oflex=dout.dtype != u.dtype)
+        out = selective_scan_fn(*[*inputs[:7], delta_softplus, dout.dtype != u.dtype])
         gated = out if z is None else _gate(out, inputs[7])
         given = [t for t in inputs if t is not None]
         found = iter(torch.autograd.grad(gated, given, dout))

@@ -272,6 +272,30 @@ def network(
     _stdout().print(table)
 
 
+@bench.command()
+@_json_option
+def dropins(as_json: bool) -> None:
+    """Time other projects' code as it is, and with this package's operators: transformers' Mamba (where transformers is
+    installed), mamba-ssm's and causal-conv1d's functions, VMamba's SS2D. Some minutes.
+    """
+    from mobilemamba import bench as harness
+    from mobilemamba import bench_dropins
+
+    with _sentences():
+        harness.refuse_fallback()
+    results = [comparison.measure() for comparison in _with_progress(list(bench_dropins.comparisons()))]
+    if as_json:
+        rows = [asdict(r) | {"ratio": r.ratio} for r in results]
+        click.echo(json.dumps({"environment": harness.environment(), "results": rows}, indent=2))
+        return
+    table = Table("project", "what", "beside", caption=_caption(harness.environment()))
+    for column in ("without, ms", "p10–p90", "with, ms", "p10–p90", "ratio"):
+        table.add_column(column, justify="right")
+    for r in results:
+        table.add_row(r.project, r.what, r.peer, *_timing(r.theirs), *_timing(r.ours), _ratio(r.ratio))
+    _stdout().print(table)
+
+
 def _profile(name: str, batches: tuple[int, ...], threads: int, dtype: torch.dtype, as_json: bool) -> None:
     from mobilemamba import bench as harness
     from mobilemamba import bench_network as networks

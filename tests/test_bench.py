@@ -1,6 +1,7 @@
 """The harness. No test looks at a time."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import mobilemamba
-from mobilemamba import bench, bench_network, bottlenecks, cli, optimized
+from mobilemamba import bench, bench_dropins, bench_network, bottlenecks, cli, optimized
 from mobilemamba_kernels import _library, use_backend
 from mobilemamba_kernels.testing import CASES, Case, cases
 
@@ -83,6 +84,31 @@ def test_networks_with_peak_memory(small):
         assert row["images_per_s"] == pytest.approx(2 / row["timing"]["median"])
         assert 0 < row["share"] < 1.5
         assert row["peak_mib"] is None or 0 < row["peak_mib"] < 4096
+
+
+@needs_kernels
+def test_dropins(monkeypatch, small):
+    """Every comparison at small sizes: both sides agree, and are timed."""
+    sizes = bench_dropins.Sizes(2, 32, 50, 4, 12, 20, 1, 4, 16)
+    found = list(bench_dropins.comparisons(sizes))
+    monkeypatch.setattr(bench_dropins, "time_in_turn", time_briefly(bench.time_in_turn))
+    monkeypatch.setattr(bench_dropins, "comparisons", lambda: iter(found))
+    result = CliRunner().invoke(cli.main, ["bench", "dropins", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["results"]
+    projects = {"mamba-ssm", "causal-conv1d", "VMamba"} | ({"transformers"} if find_spec("transformers") else set())
+    assert {row["project"] for row in rows} == projects
+    assert all(row["ratio"] == pytest.approx(row["theirs"]["median"] / row["ours"]["median"]) for row in rows)
+    table = CliRunner().invoke(cli.main, ["bench", "dropins"])
+    assert table.exit_code == 0
+    assert "parallel scan in PyTorch" in " ".join(table.output.split())
+
+
+def test_dropins_that_differ_are_not_timed():
+    one = torch.ones(3)
+    comparison = bench_dropins.Comparison("a project", "a function", "a loop", lambda: one, lambda: one + 1)
+    with pytest.raises(RuntimeError, match="a function: the results differ by 1, at a scale of 1"):
+        comparison.measure(0.0)
 
 
 def result_of(engine: str, batch: int, threads: int, milliseconds: float) -> bench_network.NetworkResult:

@@ -1,13 +1,21 @@
 """The drop-ins against what the published code computed (data/interop.py), and how they are put in place."""
 
+import importlib
+import inspect
+import re
+import sys
+import threading
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from data import interop as published
 from torch import Tensor
 
-from mobilemamba_kernels import use_backend
+from mobilemamba_kernels import patch, patched, unpatch, use_backend
 from mobilemamba_kernels.interop import causal_conv1d, mamba_ssm, vim, vmamba, wtconv
 
 FUNCTIONS: dict[str, Callable] = {
@@ -79,3 +87,303 @@ def test_wtconv_loads_and_computes_what_was_published(name):
     }
     module.load_state_dict(tensors)
     check(name, {"out": module(x)}, {"x": x} | dict(module.named_parameters()))
+
+
+# --- putting them in place ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_patched():
+    before = set(sys.modules)
+    yield
+    unpatch()
+    assert not {name for name in set(sys.modules) - before if (sys.modules[name].__doc__ or "").startswith("Made by")}
+
+
+def imported(monkeypatch, name: str, source: str) -> ModuleType:
+    """A module as if it had been imported from a file."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None, is_package=True)
+    module.__path__ = []
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+SCAN = """
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                      return_last_state=False):
+    return "theirs"
+def mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias,
+                   A, B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True):
+    return "theirs"
+"""
+STEP = """
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+    return "theirs"
+"""
+
+
+@pytest.fixture
+def installed(monkeypatch) -> dict[str, ModuleType]:
+    """A mamba_ssm, and a network that took a function from it by name."""
+    names = {"mamba_ssm": "", "mamba_ssm.ops": "", "mamba_ssm.ops.triton": ""}
+    names |= {"mamba_ssm.ops.selective_scan_interface": SCAN, "mamba_ssm.ops.triton.selective_state_update": STEP}
+    modules = {name: imported(monkeypatch, name, source) for name, source in names.items()}
+    source = "from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as scan"
+    return modules | {"network": imported(monkeypatch, "network", source)}
+
+
+ARGUMENTS = (torch.ones(1, 2, 3), torch.ones(1, 2, 3), -torch.ones(2, 1), torch.ones(1, 1, 3), torch.ones(1, 1, 3))
+
+
+def test_who_took_a_function_by_name_gets_the_replacement(installed):
+    network, interface = installed["network"], installed["mamba_ssm.ops.selective_scan_interface"]
+    theirs = interface.selective_scan_fn
+    replaced = patch("mamba_ssm")
+    assert replaced["network.scan"] is theirs
+    assert replaced["mamba_ssm.ops.selective_scan_interface.selective_scan_fn"] is theirs
+    assert replaced["sys.modules['causal_conv1d']"] is None
+    torch.testing.assert_close(network.scan(*ARGUMENTS), mamba_ssm.selective_scan_fn(*ARGUMENTS))
+    assert inspect.signature(network.scan) == inspect.signature(theirs)
+    unpatch("mamba_ssm")
+    assert network.scan is interface.selective_scan_fn is theirs
+    assert "causal_conv1d" not in sys.modules
+
+
+def test_patching_twice_is_patching_once(installed):
+    theirs = installed["network"].scan
+    assert patch("mamba_ssm") == patch("mamba_ssm")
+    unpatch()
+    unpatch()
+    assert installed["network"].scan is theirs
+
+
+def test_patched_keeps_what_was_patched_before(installed):
+    network = installed["network"]
+    theirs = network.scan
+    with patched("mamba_ssm"):
+        with patched("mamba_ssm"):
+            pass
+        assert network.scan is not theirs
+    assert network.scan is theirs
+
+
+def test_a_module_imported_meanwhile_gets_the_original_back(installed, monkeypatch):
+    theirs = installed["network"].scan
+    with patched("mamba_ssm"):
+        later = imported(monkeypatch, "later", "from network import scan")
+        assert later.scan is installed["network"].scan is not theirs
+    assert later.scan is theirs
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("def selective_state_update(state, x, dt, A, C, B): pass", "takes (state, x, dt, A, C, B), this package's"),
+        ("selective_state_update = None", "has no selective_state_update"),
+    ],
+)
+def test_another_signature_is_refused_and_nothing_changes(installed, monkeypatch, source, sentence):
+    step = imported(monkeypatch, "mamba_ssm.ops.triton.selective_state_update", source)
+    before = step.selective_state_update, installed["network"].scan, set(sys.modules)
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        patch("mamba_ssm")
+    assert (step.selective_state_update, installed["network"].scan, set(sys.modules)) == before
+
+
+@pytest.mark.parametrize("call", [patch, unpatch])
+def test_an_unknown_target_is_refused(call):
+    with pytest.raises(ValueError, match="one of transformers, mamba_ssm, vmamba, vim, wtconv; got 'mamba'"):
+        call("mamba")
+
+
+@pytest.mark.parametrize(("target", "name"), [("mamba_ssm", "selective_scan_fn"), ("vim", "bimamba_inner_fn")])
+def test_a_package_that_is_not_installed_is_made(target, name):
+    interface = "mamba_ssm.ops.selective_scan_interface"
+    with patched(target):
+        module = importlib.import_module(interface)
+        assert callable(getattr(module, name))
+        assert importlib.util.find_spec("mamba_ssm") is not None
+        assert importlib.import_module("selective_scan_cuda") is vmamba.selective_scan_cuda
+    assert importlib.util.find_spec("mamba_ssm") is None
+    with pytest.raises(ImportError):
+        importlib.import_module(interface)
+
+
+def test_threads_that_patch_and_unpatch_leave_nothing(installed):
+    theirs = installed["network"].scan
+
+    def repeat():
+        for _ in range(20):
+            with patched("mamba_ssm"):
+                pass
+
+    threads = [threading.Thread(target=repeat) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    unpatch()
+    assert installed["network"].scan is theirs
+
+
+CROSS = """
+def cross_scan_fn(x, in_channel_first=True, out_channel_first=True, one_by_one=False, scans=0, force_torch=False): pass
+def cross_merge_fn(y, in_channel_first=True, out_channel_first=True, one_by_one=False, scans=0, force_torch=False): pass
+"""
+
+
+def test_vmamba_functions_and_extensions(monkeypatch):
+    csm = imported(monkeypatch, "csm_triton", CROSS)
+    network = imported(monkeypatch, "vmamba_network", "from csm_triton import cross_scan_fn")
+    other = imported(monkeypatch, "other", SCAN).selective_scan_fn  # mamba-ssm's, of the same name
+    x = torch.randn(1, 3, 4, 5)
+    with patched("vmamba"):
+        torch.testing.assert_close(network.cross_scan_fn(x), vmamba.cross_scan_fn(x))
+        assert csm.cross_scan_fn is network.cross_scan_fn
+        assert sys.modules["other"].selective_scan_fn is other
+        assert importlib.import_module("selective_scan_cuda_oflex").fwd
+    assert network.cross_scan_fn(x) is None
+    assert "selective_scan_cuda_oflex" not in sys.modules
+
+
+def scan_arguments(dtype: torch.dtype = torch.float32, gate: bool = False) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    u, delta, z = torch.randn(3, 2, 8, 11, generator=generator).to(dtype)
+    B, C = torch.randn(2, 2, 4, 3, 11, generator=generator).to(dtype)
+    A, D, bias = -torch.rand(8, 3, generator=generator), torch.randn(8), torch.randn(8)
+    return (u, delta, A, B, C, D, z, bias) if gate else (u, delta, A, B, C, D, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["oflex", "core"])
+def test_extensions_of_vmamba(kind, dtype):
+    extension = getattr(vmamba, f"selective_scan_cuda_{kind}")
+    arguments = scan_arguments(dtype)
+    wide = kind == "oflex"
+    out, x = extension.fwd(*arguments, True, 1, *([True] if wide else []))
+    inputs = [t.clone().requires_grad_() for t in arguments]
+    expected = vmamba.selective_scan_fn(*inputs, True, oflex=wide)
+    assert out.dtype == expected.dtype == (torch.float32 if wide else dtype)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    found = extension.bwd(*arguments, dout, x, True, 1)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, dout), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_extension_of_mamba_ssm(gate, recompute):
+    arguments = scan_arguments(gate=True)
+    arguments = arguments if gate else (*arguments[:6], None, arguments[7])
+    out, x, *gated = vmamba.selective_scan_cuda.fwd(*arguments, True)
+    inputs = [t if t is None else t.clone().requires_grad_() for t in arguments]
+    expected, last = mamba_ssm.selective_scan_fn(*inputs, True, True)
+    torch.testing.assert_close(gated[0] if gate else out, expected)
+    torch.testing.assert_close(x[:, :, -1, 1::2], last)
+    dout = torch.randn_like(out)
+    place = torch.empty_like(arguments[6]) if gate else None
+    found = vmamba.selective_scan_cuda.bwd(*arguments, dout, x, out, place, True, recompute)
+    given = [t for t in (*inputs[:6], inputs[7], inputs[6]) if t is not None]
+    for ours, theirs in zip(found, torch.autograd.grad(expected, given, dout), strict=False):
+        torch.testing.assert_close(ours, theirs)
+    assert len(found) == len(given) + (gate and recompute)
+    if gate:
+        assert found[7] is place
+    if gate and recompute:
+        torch.testing.assert_close(found[-1], gated[0])
+
+
+def test_fewer_channels_of_steps_serve_several():
+    u, delta, A, B, C, D, bias = scan_arguments()
+    few, few_bias = delta[:, :4], bias[:4]
+    expected = vmamba.selective_scan_fn(u, few.repeat_interleave(2, 1), A, B, C, D, few_bias.repeat_interleave(2))
+    torch.testing.assert_close(vmamba.selective_scan_fn(u, few, A, B, C, D, few_bias), expected)
+    torch.testing.assert_close(
+        vmamba.selective_scan_cuda_oflex.fwd(u, few, A, B, C, D, few_bias, True, 1, True)[0], expected
+    )
+
+
+def test_wtconv_layers_that_exist(monkeypatch):
+    class Original(wtconv.WTConv2d):
+        def forward(self, x):
+            return "theirs"
+
+    module = imported(monkeypatch, "wtconv", "")
+    module.WTConv2d = Original
+    layer = Original(3, 3)
+    x = torch.randn(1, 3, 9, 8)
+    with patched("wtconv"):
+        torch.testing.assert_close(layer(x), wtconv.WTConv2d.forward(layer, x))
+        layer.wt_filter.data = torch.zeros(12, 1, 4, 4)  # of a longer wavelet
+        assert layer(x) == "theirs"
+    assert layer(x) == "theirs"
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (33, 37)])
+def test_wtconv_is_the_cascade_of_convolutions(levels, size):
+    torch.manual_seed(0)
+    layer = wtconv.WTConv2d(3, 3, kernel_size=3, wt_levels=levels).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    low, kept = x, []
+    for conv, scale in zip(layer.wavelet_convs, layer.wavelet_scale, strict=True):
+        height, width = low.shape[2:]
+        padded = F.pad(low, (0, width % 2, 0, height % 2))
+        bands = F.conv2d(padded, layer.wt_filter, stride=2, groups=3)
+        low = bands[:, ::4]
+        kept.append((conv(bands) * scale.weight, (height, width)))
+    lifted = torch.zeros_like(low)
+    for bands, (height, width) in reversed(kept):
+        bands = bands.clone()
+        bands[:, ::4] += lifted
+        lifted = F.conv_transpose2d(bands, layer.iwt_filter, stride=2, groups=3)[..., :height, :width]
+    torch.testing.assert_close(layer(x), layer.base_conv(x) * layer.base_scale.weight + lifted)
+    torch.testing.assert_close(layer.float()(x.float()).double(), layer.double()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"out_channels": 4}, "must agree; got 3 and 4"),
+        ({"kernel_size": 4}, "kernel_size must be odd; got 4"),
+        ({"wt_levels": 0}, "wt_levels and stride must be at least 1"),
+        ({"wt_type": "db2"}, "wt_type must be db1 or haar"),
+    ],
+)
+def test_wtconv_refuses(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        wtconv.WTConv2d(**{"in_channels": 3, "out_channels": 3} | options)
+
+
+def test_wtconv_refuses_the_filters_of_another_wavelet():
+    state = wtconv.WTConv2d(3, 3).state_dict()
+    state["wt_filter"] = state["wt_filter"] + 0.1
+    with pytest.raises(ValueError, match="wt_filter is not the Haar wavelet's"):
+        wtconv.WTConv2d(3, 3).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: vmamba.cross_scan_fn(torch.ones(2, 3, 4)), r"cross_scan_fn: x must have shape \(batch, C, H, W\)"),
+        (lambda: vmamba.cross_scan_fn(torch.ones(2, 3, 4, 5), scans=3), "scans must be 0 .* got 3"),
+        (lambda: vmamba.cross_scan_fn(torch.ones(2, 3, 4, 5, 6), one_by_one=True), "x must hold 4 images.* got 3"),
+        (lambda: vmamba.cross_merge_fn(torch.ones(2, 3, 4, 5, 6)), "y must hold 4 sequences; got 3"),
+        (lambda: vmamba.selective_scan_fn(*scan_arguments(), backend="triton"), "backend must be None, oflex"),
+        (
+            lambda: vmamba.selective_scan_fn(torch.ones(1, 7, 3), torch.ones(1, 2, 3), *scan_arguments()[2:]),
+            "u's channels must be a multiple of delta's; got 7 and 2",
+        ),
+        (
+            lambda: mamba_ssm.mamba_inner_fn(torch.ones(1, 7, 3), torch.ones(4, 1, 4), None, torch.ones(9, 4),
+                                             torch.ones(4, 1), torch.ones(4, 4), None, torch.ones(4, 4)),
+            r"mamba_inner_fn: xz must have shape \(batch, 2 dim, L\) = \(1, 8, 3\)",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()

@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
+
+from torch import nn
 
 from mobilemamba_kernels.interop import causal_conv1d, mamba_ssm, transformers, vim, vmamba, wtconv
 
@@ -137,6 +139,9 @@ def _put_back(change: _Change) -> None:
 
 
 def _parameters(function: _Function) -> list[str]:
+    """Names; a module's, which is what ``kernels`` makes of a function, are those of its class."""
+    if isinstance(function, nn.Module):
+        function = MethodType(type(function).forward, function)
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind not in kinds]
 
@@ -150,8 +155,9 @@ def _replacement(theirs: _Function, *ours: _Function, only: _Function | None = N
     wanted = _parameters(theirs)
     fitting = next((f for f in ours if _parameters(f)[: len(wanted)] == wanted), None)
     if fitting is None:
+        name = getattr(theirs, "__name__", getattr(theirs, "kernel_layer_name", None))
         raise RuntimeError(
-            f"patch: {theirs.__module__}.{theirs.__name__} takes ({', '.join(wanted)}), this package's "
+            f"patch: {theirs.__module__}.{name} takes ({', '.join(wanted)}), this package's "
             f"({', '.join(_parameters(ours[0]))}); nothing was replaced; install a version of either that fits"
         )
 
@@ -218,14 +224,19 @@ def _in_transformers() -> Iterator[_Change]:
     if not _is_installed("transformers"):
         raise ImportError("patch: transformers is not installed; install it, for example with pip install transformers")
 
-    def silu(*args: Any, activation: str | None = None, **kwargs: Any) -> bool:
-        return activation in (None, "silu", "swish")
-
     for model in ("mamba", "falcon_mamba", "jamba", "zamba"):
         module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
         for name in transformers.__all__:
-            only = silu if name.startswith("causal") else None
+            only = {"causal_conv1d_fn": _serves_fn, "causal_conv1d_update": _serves_update}.get(name)
             yield from _functions(module, {name: (getattr(transformers, name),)}, only)
+
+
+def _serves_fn(hidden_states: Any, weight: Any, bias: Any = None, activation: Any = None, **kwargs: Any) -> bool:
+    return transformers.serves(weight, activation)
+
+
+def _serves_update(hidden_states: Any, conv_state: Any, weight: Any, bias: Any = None, activation: Any = None) -> bool:
+    return transformers.serves(weight, activation)
 
 
 _CONV: _Candidates = {name: (getattr(causal_conv1d, name),) for name in causal_conv1d.__all__}

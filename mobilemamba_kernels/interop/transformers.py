@@ -10,12 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
+from mobilemamba_kernels.ops.causal_conv1d import WIDTHS
 from mobilemamba_kernels.ops.causal_conv1d import causal_conv1d_fn as _causal_conv1d_fn
 from mobilemamba_kernels.ops.causal_conv1d_update import causal_conv1d_update as _causal_conv1d_update
 from mobilemamba_kernels.ops.selective_scan import selective_scan_fn
 from mobilemamba_kernels.ops.selective_state_update import selective_state_update
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_scan", "mamba_selective_state_update"]
+
+
+def serves(weight: Tensor, activation: str | None = None) -> bool:
+    """Whether the operators have this convolution; models with another one keep transformers' function."""
+    return weight.shape[-1] in WIDTHS and activation in (None, "silu", "swish")
 
 
 def causal_conv1d_fn(

@@ -16,6 +16,7 @@ from mobilemamba_kernels import _library, use_backend
 from mobilemamba_kernels.backends import forced_backend
 from mobilemamba_kernels.ops.conv2d_act import filter_size
 from mobilemamba_kernels.testing import (
+    BUILDERS,
     CASES,
     LAYOUTS,
     Argument,
@@ -434,3 +435,28 @@ def test_selective_scan_ref_is_the_reference():
     case = cases("selective_scan_fn")[1]
     arguments = case.make()
     assert all(map(torch.equal, mobilemamba_kernels.selective_scan_ref(**arguments), reference(case, arguments)))
+
+
+@pytest.mark.parametrize("has", ["", "Dzbsl"])
+@pytest.mark.parametrize("state", [1, 3])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_long_sequences_of_few_channels_are_divided_among_threads(state, has, layout, restore_threads, instruction_set):
+    """With a state that reaches across the seams: each step forgets a ten-thousandth."""
+    case = BUILDERS["selective_scan_fn"](1, 3, 20000, state, has=has)
+    arguments = case.make(layout=layout)
+    arguments["A"] = arguments["A"] * 1e-3
+    exact, plain = reference(case, arguments, exact=True), reference(case, arguments)
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        for i, result in enumerate(case.run(arguments)):
+            assert_close(result, exact[i], plain[i], f"result {i} of {threads} threads")
+
+
+def test_an_infinite_state_crosses_the_seams(restore_threads):
+    torch.set_num_threads(2)
+    case = BUILDERS["selective_scan_fn"](1, 3, 20000, 1)
+    arguments = case.make()
+    arguments["u"][0, 0, 5000] = math.inf
+    for result, expected in zip(case.run(arguments), reference(case, arguments), strict=True):
+        assert torch.equal(result.isfinite(), expected.isfinite())
+        assert torch.equal(result.isnan(), expected.isnan())

@@ -3,12 +3,14 @@
 #include "include/capability.h"
 
 DECLARE_KERNEL(selective_scan_fwd, SelectiveScanParams)
+DECLARE_KERNEL(selective_scan_fold, SelectiveScanParams)
 DECLARE_KERNEL(selective_scan_bwd, SelectiveScanParams)
 
 namespace mobilemamba {
 namespace {
 
 constexpr int64_t kOperations = 40;  // of one state at one position, forward
+constexpr int64_t kSegment = 4096;   // positions that are worth a fold
 constexpr int64_t kItems = 64;       // wanted of a backward, whatever the number of threads
 
 // out[i] = Σ_j partial[i / inner][j][i % inner], in the order of j.
@@ -32,10 +34,17 @@ float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 }  // namespace
 
-void run_scan(SelectiveScanParams& p, const Tensor&) {
-  const int64_t lanes = vector_lanes();
-  parallel(KERNEL(selective_scan_fwd), p, p.batch * p.groups * scan_blocks(p, lanes),
-           p.length * lanes * p.state * p.directions * kOperations / lanes, scan_fwd_scratch(p.length, p.state, lanes));
+void run_scan(SelectiveScanParams& p, const Tensor& like) {
+  const int64_t lanes = vector_lanes(), items = p.batch * p.groups * scan_blocks(p, lanes);
+  const int64_t threads = torch::stable::get_num_threads(), scratch = scan_fwd_scratch(p.length, p.state, lanes);
+  const int64_t wanted = p.directions == 2 || items == 0 || items >= threads ? 1 : ceil_div(2 * threads, items);
+  p.segments = std::max<int64_t>(1, std::min(wanted, p.length / kSegment));
+  p.segment = p.length / p.segments;
+  const int64_t cost = p.segment * p.state * p.directions * kOperations;
+  Tensor folds = torch::stable::new_empty(like, {items * (p.segments - 1) * p.state * 2 * lanes}, ScalarType::Float);
+  p.folds = floats(folds);
+  if (p.segments > 1) parallel(KERNEL(selective_scan_fold), p, items * (p.segments - 1), cost, scratch);
+  parallel(KERNEL(selective_scan_fwd), p, items * p.segments, cost, scratch);
 }
 
 ScanSums run_scan_backward(SelectiveScanParams& p, const Tensor& like) {

@@ -139,18 +139,18 @@ static void entering_states(float* states, const ScanScratch& s, const Source& s
   }
 }
 
-// Scans all directions and hands their sum to write(y, start, count). Where the result lies in memory as float32 rows,
-// `in_place` is that memory, and the sum is made there, for the whole sequence at once; else it is made chunk by chunk,
-// after a pass that finds the second direction's states at the chunks' ends. On return scratch.up holds the last states
-// of direction 0.
+// Scans all directions over the positions from `begin` (not 0 only of a single direction) to `last` and hands their sum
+// to write(y, start, count). Where the result lies in memory as float32 rows, `in_place` is that memory, and the sum is
+// made there, for all positions at once; else it is made chunk by chunk, after a pass that finds the second direction's
+// states at the chunks' ends. scratch.up holds the states of direction 0 that enter and, on return, that leave.
 template <class Source, class Write>
-static void scan_forward(const Source& source, const ScanScratch& s, Rows in_place, Write write) {
-  const int64_t size = source.state * kLanes, chunk = in_place.data ? source.length : kScanChunk;
-  std::memset(s.up, 0, size * sizeof(float));
-  if (source.length == 0) return;
+static void scan_forward(const Source& source, const ScanScratch& s, Rows in_place, int64_t begin, int64_t last,
+                         Write write) {
+  const int64_t size = source.state * kLanes, chunk = in_place.data ? last - begin : kScanChunk;
+  if (begin == last) return;
   if (source.directions == 2) entering_states(s.down, s, source, 1, chunk);
-  for (int64_t start = 0; start < source.length; start += chunk) {
-    const int64_t end = source.length - start < chunk ? source.length : start + chunk;
+  for (int64_t start = begin; start < last; start += chunk) {
+    const int64_t end = last - start < chunk ? last : start + chunk;
     const Rows y = in_place.data ? in_place : Rows{s.y};
     for (int64_t k = 0; k < source.directions; ++k)
       scan_positions<true>(y, k == 0 ? s.up : s.down + start / chunk * size, s, source, k, start, end);

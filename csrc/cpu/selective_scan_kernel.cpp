@@ -78,11 +78,55 @@ struct TensorSource {
   }
 };
 
-static void forward_block(const SelectiveScanParams& p, const Block& x, const ScanScratch& s) {
+// A long sequence of few channels is divided into segments, so that every thread has work. But for the last one each is
+// folded to the product of its decays, the exponential of the sum of its steps, and its last state from zero.
+struct Segment {
+  int64_t begin, end;
+  Segment(const SelectiveScanParams& p, int64_t index)
+      : begin(index * p.segment), end(index + 1 < p.segments ? begin + p.segment : p.length) {}
+};
+INLINE float* fold_of(const SelectiveScanParams& p, int64_t item, int64_t segment) {
+  return p.folds + (item * (p.segments - 1) + segment) * 2 * p.state * kLanes;
+}
+
+static void fold_segment(const SelectiveScanParams& p, const Block& x, const ScanScratch& s, int64_t item,
+                         int64_t index) {
   const TensorSource source{p, x};
-  const Elements out = p.out.at(x.batch, 0, x.channel, 0, 0);
+  const Segment segment(p, index);
+  float* fold = fold_of(p, item, index);
+  std::memset(s.up, 0, p.state * kLanes * sizeof(float));
+  scan_positions<false>({}, s.up, s, source, 0, segment.begin, segment.end);
+  Vec steps{};
+  each_tile(0, segment.begin, segment.end, [&](int64_t start, int64_t count) {
+    const Rows dt = source.dt(s.dt, 0, start, count);
+    for (int64_t l = 0; l < count; ++l) steps += dt.get(l);
+  });
+  for (int64_t n = 0; n < p.state; ++n, fold += 2 * kLanes) {
+    store(fold, exp2(steps * source.A(0, n) * kLog2E));
+    store(fold + kLanes, load(s.up + n * kLanes));
+  }
+}
+
+// The states that enter a segment. An infinite one stays: the product underflows before its factors do.
+static void enter_segment(const SelectiveScanParams& p, float* states, int64_t item, int64_t index) {
+  std::memset(states, 0, p.state * kLanes * sizeof(float));
+  for (int64_t i = 0; i < index; ++i) {
+    const float* fold = fold_of(p, item, i);
+    for (int64_t n = 0; n < p.state; ++n, fold += 2 * kLanes) {
+      const Vec h = load(states + n * kLanes);
+      store(states + n * kLanes, select(h - h == 0.0f, h * load(fold), h) + load(fold + kLanes));
+    }
+  }
+}
+
+static void forward_block(const SelectiveScanParams& p, const Block& x, const ScanScratch& s, int64_t item,
+                          int64_t index) {
+  const TensorSource source{p, x};
+  const Segment segment(p, index);
+  const Elements out = p.out.at(x.batch, 0, x.channel, 0, segment.begin);
   const Rows place = needs_no_tile(out, p.out.channel, x.channels) ? in_place(out, p.out.position) : Rows{};
-  scan_forward(source, s, place, [&](Rows y, int64_t begin, int64_t count) {
+  enter_segment(p, s.up, item, index);
+  scan_forward(source, s, place, segment.begin, segment.end, [&](Rows y, int64_t begin, int64_t count) {
     if (p.z)
       each_tile(0, begin, begin + count, [&](int64_t start, int64_t some) {
         const Rows z = source.rows(s.u, p.z, 0, start, some);
@@ -90,7 +134,7 @@ static void forward_block(const SelectiveScanParams& p, const Block& x, const Sc
       });
     if (!place.data) write(y.data, p.out, x, 0, begin, count);
   });
-  if (p.last_state)
+  if (p.last_state && index + 1 == p.segments)
     store_tile(s.up, p.last_state.at(x.batch, 0, x.channel, 0, 0), p.last_state.channel, p.last_state.state, x.channels,
                p.state);
 }
@@ -200,7 +244,8 @@ static void backward_block(const SelectiveScanParams& p, const Block& x, const B
     SelectiveScanParams ungated = p;
     ungated.z = ungated.last_state = {};
     ungated.out = {{s.sum_y - x.channel, DType::kFloat32}, 0, 0, 1, 0, kLanes};
-    forward_block(ungated, x, scratch);
+    ungated.segments = 1;
+    forward_block(ungated, x, scratch, 0, 0);
   }
   for (int64_t k = 0; k < p.directions; ++k) {
     entering_states(s.states, scratch, source, k, chunk);
@@ -248,13 +293,27 @@ INLINE Block block_at(const SelectiveScanParams& p, int64_t batch, int64_t group
   return {batch, group, group * channels + offset, rest < kLanes ? rest : kLanes};
 }
 
+INLINE Block block_of(const SelectiveScanParams& p, int64_t item) {
+  const int64_t blocks = scan_blocks(p, kLanes);
+  return block_at(p, item / blocks / p.groups, item / blocks % p.groups, item % blocks);
+}
+
 }  // namespace
 
-// Items: batch × groups × blocks.
+// Items: batch × groups × blocks × segments.
 void selective_scan_fwd(const SelectiveScanParams& p, int64_t begin, int64_t end) {
-  const int64_t blocks = scan_blocks(p, kLanes);
-  for (int64_t i = begin; i < end; ++i)
-    forward_block(p, block_at(p, i / blocks / p.groups, i / blocks % p.groups, i % blocks), ScanScratch(p.scratch));
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t item = i / p.segments;
+    forward_block(p, block_of(p, item), ScanScratch(p.scratch), item, i % p.segments);
+  }
+}
+
+// Items: batch × groups × blocks × (segments - 1).
+void selective_scan_fold(const SelectiveScanParams& p, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t item = i / (p.segments - 1);
+    fold_segment(p, block_of(p, item), ScanScratch(p.scratch), item, i % (p.segments - 1));
+  }
 }
 
 // Items: batch × groups × slices.

@@ -128,7 +128,9 @@ void ss2d_scan(const Ss2dParams& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const ProjectedSource source{p, p.first_image + item / blocks, item % blocks * kLanes};
     float* sum = p.sum + item / blocks * p.length * p.padded_dim + source.channel;
-    scan_forward(source, ScanScratch(p.scratch), {sum, p.padded_dim}, [](Rows, int64_t, int64_t) {});
+    const ScanScratch scratch(p.scratch);
+    std::memset(scratch.up, 0, p.state * kLanes * sizeof(float));
+    scan_forward(source, scratch, {sum, p.padded_dim}, 0, p.length, [](Rows, int64_t, int64_t) {});
   }
 }
 

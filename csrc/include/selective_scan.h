@@ -33,8 +33,10 @@ struct SelectiveScanParams {
   float* scratch;            // one thread's
 
   // Forward.
-  ScanTensor out;         // (batch, dim, length)
-  ScanTensor last_state;  // (batch, dim, state), of one direction
+  int64_t segments, segment;  // of a sequence, of one direction; positions of each, but of the last
+  float* folds;               // (batch × groups × blocks, segments - 1, state, 2, lanes): decay and state
+  ScanTensor out;             // (batch, dim, length)
+  ScanTensor last_state;      // (batch, dim, state), of one direction
 
   // Backward.
   ScanTensor grad_out, grad_last_state;

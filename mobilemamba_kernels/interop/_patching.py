@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -105,9 +106,10 @@ def unpatch(target: str | None = None) -> None:
         raise ValueError(f"unpatch: target must be None or one of {', '.join(_FINDERS)}; got {target!r}")
     with _lock:
         for name in [target] if target else list(_changed):
-            for change in reversed(_changed.pop(name, [])):
+            changes = _changed.pop(name, [])
+            for change in reversed(changes):
                 change.undo()
-                _put_back(change)
+            _put_back(changes)
 
 
 @contextmanager
@@ -129,13 +131,13 @@ def _modules() -> list[ModuleType]:
     return [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] not in own]
 
 
-def _put_back(change: _Change) -> None:
-    """Undo a change in modules that have imported the new object by its name since."""
-    if change.old is _ABSENT or change.owner is sys.modules:
-        return
-    for module in _modules():
-        for name in [name for name, value in list(vars(module).items()) if value is change.new]:
-            setattr(module, name, change.old)
+def _put_back(changes: Iterable[_Change]) -> None:
+    """Undo changes in modules that have imported the new objects by their names since."""
+    old = {id(c.new): c.old for c in changes if c.old is not _ABSENT and c.owner is not sys.modules}
+    for module in _modules() if old else ():
+        for name, value in list(vars(module).items()):
+            if id(value) in old:
+                setattr(module, name, old[id(value)])
 
 
 def _parameters(function: _Function) -> list[str]:
@@ -173,23 +175,25 @@ def _is_ours(function: Any) -> bool:
     return hasattr(function, "mobilemamba_kernels")
 
 
-def _functions(module: ModuleType, ours: _Candidates, only: _Function | None = None) -> Iterator[_Change]:
-    """Replace functions of a module, wherever they were imported by name.
+def _functions(ours: _Candidates, *modules: ModuleType, only: dict[str, _Function] | None = None) -> Iterator[_Change]:
+    """Replace functions of modules, wherever they were imported by name; some of them only for some arguments.
 
     Raises:
-        RuntimeError: the module lacks one of them, or it takes other arguments.
+        RuntimeError: a module lacks one of them, or it takes other arguments.
     """
-    for name, candidates in ours.items():
+    new = {}
+    for module, (name, candidates) in itertools.product(modules, ours.items()):
         theirs = getattr(module, name, None)
         if theirs is None:
             raise RuntimeError(
                 f"patch: {module.__name__} has no {name}; nothing was replaced; install a version that has it"
             )
-        if _is_ours(theirs):
-            continue
-        new = _replacement(theirs, *candidates, only=only)
-        for other in _modules():
-            yield from (_Change(other, key, new) for key, value in list(vars(other).items()) if value is theirs)
+        if not _is_ours(theirs):
+            new[id(theirs)] = _replacement(theirs, *candidates, only=(only or {}).get(name))
+    for other in _modules() if new else ():
+        for key, value in list(vars(other).items()):
+            if id(value) in new:
+                yield _Change(other, key, new[id(value)])
 
 
 def _new_modules(contents: dict[str, dict[str, Any]]) -> Iterator[_Change]:
@@ -224,11 +228,11 @@ def _in_transformers() -> Iterator[_Change]:
     if not _is_installed("transformers"):
         raise ImportError("patch: transformers is not installed; install it, for example with pip install transformers")
 
-    for model in ("mamba", "falcon_mamba", "jamba", "zamba"):
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        for name in transformers.__all__:
-            only = {"causal_conv1d_fn": _serves_fn, "causal_conv1d_update": _serves_update}.get(name)
-            yield from _functions(module, {name: (getattr(transformers, name),)}, only)
+    names = ("mamba", "falcon_mamba", "jamba", "zamba")
+    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in names]
+    ours: _Candidates = {name: (getattr(transformers, name),) for name in transformers.__all__}
+    only: dict[str, _Function] = {"causal_conv1d_fn": _serves_fn, "causal_conv1d_update": _serves_update}
+    yield from _functions(ours, *modules, only=only)
 
 
 def _serves_fn(hidden_states: Any, weight: Any, bias: Any = None, activation: Any = None, **kwargs: Any) -> bool:
@@ -252,7 +256,7 @@ def _in_mamba_ssm(scan: _Candidates = _SCAN, conv: _Candidates = _CONV) -> Itera
     if not _is_installed("causal_conv1d"):
         before += _new_modules({"causal_conv1d": first(conv), "causal_conv1d.causal_conv1d_interface": first(conv)})
     elif not _made("causal_conv1d"):
-        before += _functions(importlib.import_module("causal_conv1d"), conv)
+        before += _functions(conv, importlib.import_module("causal_conv1d"))
     if not _is_installed("mamba_ssm"):
         before += _new_modules(
             {
@@ -266,7 +270,7 @@ def _in_mamba_ssm(scan: _Candidates = _SCAN, conv: _Candidates = _CONV) -> Itera
     elif not _made("mamba_ssm"):
         with _temporarily(before):
             for module, ours in ((interface, scan), (step, _STEP)):
-                before += _functions(importlib.import_module(module), ours)
+                before += _functions(ours, importlib.import_module(module))
     yield from before
 
 
@@ -297,7 +301,7 @@ def _in_vmamba() -> Iterator[_Change]:
         theirs = {name: vars(module)[name] for name in ours if inspect.isfunction(vars(module).get(name))}
         own = {name: function for name, function in theirs.items() if function.__module__ == module.__name__}
         if "cross_scan_fn" in own or ("selective_scan_fn" in own and "oflex" in _parameters(own["selective_scan_fn"])):
-            yield from _functions(module, {name: ours[name] for name in own})
+            yield from _functions({name: ours[name] for name in own}, module)
     yield from _extensions("selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")
 
 

@@ -67,8 +67,10 @@ test-full: build
 # The kernels for GPUs, without one. Threads and interpreters are slow: PART is the selection.
 ALL := not benchmark and not exports and not twice and not identity and not threads
 PART := ((forward_and_gradients and float32 and channels_last) or (forward_and_gradients and bfloat16 and channels_first) \
-	or (opcheck and not everywhere) or non_finite or every_element) and not benchmark and not N256 and not 300
-SMALL := forward_and_gradients and ((float32 and channels_last) or (bfloat16 and channels_first)) \
+	or (result_and_state and not True) or (opcheck and not everywhere) or non_finite or every_element) \
+	and not benchmark and not N256 and not 300
+SMALL := (forward_and_gradients or (result_and_state and not True)) \
+	and ((float32 and channels_last) or (bfloat16 and channels_first)) \
 	and not benchmark and not N256 and not 300 and not 37x and not x37 and not levels
 SANITIZER :=
 runtime = $(shell $(CXX) -print-file-name=lib$1.so)
@@ -78,10 +80,12 @@ test-cuda: .env-dev/stamp
 	PYTHONPATH=tests MOBILEMAMBA_EMULATION=$(SANITIZER) LD_PRELOAD="$(PRELOADED)" PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-		$(DEV) -m pytest --capture=sys -p emulation.plugin tests/test_ops.py -k '$(PART)'
+		$(DEV) -m pytest --capture=sys -p emulation.plugin tests/test_ops.py tests/test_updates.py \
+		-k '$(PART)'
 
 test-triton: .env-dev/stamp
-	TRITON_INTERPRET=1 MOBILEMAMBA_BACKEND=triton $(DEV) -m pytest tests/test_ops.py tests/test_triton_scan.py -k '$(PART)'
+	TRITON_INTERPRET=1 MOBILEMAMBA_BACKEND=triton $(DEV) -m pytest tests/test_ops.py tests/test_updates.py \
+		tests/test_triton_scan.py -k '$(PART)'
 
 # Tests of an installed or separately built package run from a copy of tests/, beside which there is no source. First
 # comes which package and torch they get; without the compiled part its import warns, which is an error here.

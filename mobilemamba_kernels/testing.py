@@ -508,6 +508,7 @@ CASES: tuple[Case, ...] = (
     _causal_conv1d(2, 5, 7, 3, has="bifs"),
     _causal_conv1d(2, 37, 270, 4, has="bqs"),
     _causal_conv1d(1, 6, 2, 4, has="if"),
+    _causal_conv1d(1, 5, 1500, 4, has="bs"),
     _causal_conv1d(1, 3, 9, 2, has="q"),
     _causal_conv1d(0, 5, 7, 4, has="bifs"),
     _causal_conv1d(2, 5, 0, 4, has="bs"),

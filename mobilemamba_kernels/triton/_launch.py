@@ -15,6 +15,7 @@ Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int],
 """Name, kernel, types of its arguments, constants, multiples of 16, warps: what a compiler needs of one launch."""
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_INDICES = {torch.int32: "*i32", torch.int64: "*i64"}
 _INDEX_LIMIT = 2**31 - 2**16  # of 32-bit indices: a tile may reach beyond the end by less than 2^16
 
 _recorded: list[tuple[Any, dict[str, Any], int]] | None = None
@@ -46,7 +47,7 @@ def record(name: str, function: Callable[..., Any], *arguments: Any) -> Iterator
         for j, parameter in enumerate(kernel.params):
             value = given[parameter.name]
             if isinstance(value, Tensor):
-                signature[parameter.name] = _TYPES[value.dtype]
+                signature[parameter.name] = (_TYPES | _INDICES)[value.dtype]
             elif isinstance(value, float):
                 signature[parameter.name] = "fp32"
             elif parameter.is_constexpr or value is None or value == 1:

@@ -111,7 +111,7 @@ def _scan_adjoint(a, d, entering, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + eˣ) to two units in the last place, x itself above 20: max(x, 0) + 2 artanh(w / (w + 2)), w = e^−|x|."""
     w = tl.exp(-tl.abs(x))
     s = w / (w + 2.0)
@@ -131,7 +131,7 @@ def silu(x):
 
 
 @triton.jit
-def _multiple(x, ALIGN: tl.constexpr):
+def multiple(x, ALIGN: tl.constexpr):
     """x, which is a multiple of ALIGN, so that the compiler knows it."""
     return x // ALIGN * ALIGN
 
@@ -152,7 +152,7 @@ def _place(
     start = (chunk * RUNS + tl.arange(0, RUNS)[None, None, :]) * RUN
     t = start + tl.arange(0, RUN)[:, None, None]
     c_exists = c < group_channels
-    l_exists = t < _multiple(length, ALIGN)
+    l_exists = t < multiple(length, ALIGN)
     c = group.to(INDEX) * group_channels + c
     return batch.to(INDEX), group.to(INDEX), block, chunk, c, t.to(INDEX), c_exists, l_exists, start.to(INDEX)
 
@@ -160,8 +160,8 @@ def _place(
 @triton.jit
 def _tile(pointer, batch, k, c, t, stride_b, stride_k, stride_c, stride_l, ALIGN: tl.constexpr):
     """Pointers [RUN, C, RUNS]."""
-    pointer += batch * _multiple(stride_b, ALIGN) + k * _multiple(stride_k, ALIGN)
-    return pointer + c * _multiple(stride_c, ALIGN) + t * stride_l
+    pointer += batch * multiple(stride_b, ALIGN) + k * multiple(stride_k, ALIGN)
+    return pointer + c * multiple(stride_c, ALIGN) + t * stride_l
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def _raw_steps(
 def _steps(raw, exists, SOFTPLUS: tl.constexpr):
     """Δ; zero at places that do not exist."""
     if SOFTPLUS:
-        raw = _softplus(raw)
+        raw = softplus(raw)
     return tl.where(exists, raw, 0.0)
 
 
@@ -513,7 +513,7 @@ def strides(t: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if t is None else t.stride()
 
 
-def _align(*tiles: Tensor | None) -> int:
+def alignment(*tiles: Tensor | None) -> int:
     """What divides length and strides where positions are innermost in all of ``tiles``: 4, 2 or 1."""
     given = [t for t in tiles if t is not None]
     if any(t.stride(-1) != 1 for t in given):
@@ -563,7 +563,7 @@ def _states_between_chunks(
         fold_kernel, programs, x, scan.delta, scan.A, M, z, scan.bias, scan.weight, product, end, *sizes, N, rank,
         _share(scan, M), *x.stride(), *scan.delta.stride(), *strides(z), *_rows(M), DIRECTIONS=K,
         SOFTPLUS=scan.softplus, A_IS_LOG=scan.weight is not None, ADJOINT=adjoint, FIXED=M.ndim == 2,
-        ALIGN=_align(x, z, *(() if scan.weight is not None else (scan.delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
+        ALIGN=alignment(x, z, *(() if scan.weight is not None else (scan.delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
         INDEX=index_type(x, scan.delta, M, z, product), num_warps=warps,
     )
     block = 128
@@ -585,7 +585,7 @@ def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
         0 if weight is None else weight.shape[2], _share(scan, B), _share(scan, C), *u.stride(), *delta.stride(),
         *strides(z), *out.stride(), *_rows(B), *_rows(C), DIRECTIONS=scan.directions, SHARED=shared,
         SOFTPLUS=softplus, A_IS_LOG=weight is not None, B_FIXED=B.ndim == 2, C_FIXED=C.ndim == 2,
-        ALIGN=_align(u, z, out, *(() if weight is not None else (delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
+        ALIGN=alignment(u, z, out, *(() if weight is not None else (delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
         INDEX=index_type(u, delta, B, C, z, out, entering, last), num_warps=warps,
     )
 
@@ -629,7 +629,7 @@ def run_backward(
         part_A, part_B, part_C, part_D, part_bias, *sizes, N, _share(scan, B), _share(scan, C), *grad.stride(),
         *u.stride(), *delta.stride(), *strides(z), *grad_u.stride(), *grad_delta.stride(), *strides(grad_z),
         *_rows(B), *_rows(C), DIRECTIONS=K, SHARED=shared, SOFTPLUS=softplus, B_FIXED=B.ndim == 2,
-        C_FIXED=C.ndim == 2, ALIGN=_align(grad, u, delta, z, grad_u, grad_delta, grad_z), BLOCK_C=channels, RUN=RUN,
+        C_FIXED=C.ndim == 2, ALIGN=alignment(grad, u, delta, z, grad_u, grad_delta, grad_z), BLOCK_C=channels, RUN=RUN,
         RUNS=runs,
         INDEX=index_type(grad, u, delta, B, C, z, grad_u, grad_delta, grad_z, entering, part_A, part_B, part_C),
         num_warps=warps,

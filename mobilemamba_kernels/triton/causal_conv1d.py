@@ -31,7 +31,7 @@ from mobilemamba_kernels.triton._launch import (
     record,
     strides_of,
 )
-from mobilemamba_kernels.triton._scan import RUN, _align, _multiple, every_sequence, gradient_of, load
+from mobilemamba_kernels.triton._scan import RUN, alignment, multiple, every_sequence, gradient_of, load
 from mobilemamba_kernels.triton._tiles import BUSY, append, repeat, replace, tile_size
 
 _ELEMENTS = 256  # of a tile: a run a thread
@@ -151,9 +151,9 @@ def _forward_kernel(
     c = _channels(tl.program_id(0) % across, INSIDE, CHANNELS, INDEX)
     batch, t, runs_exist = _runs(tl.program_id(0) // across, runs, count, INSIDE, RUN, RUNS, INDEX)
     exists = runs_exist & (c < channels)
-    length = _multiple(length, ALIGN)
-    x += batch * _multiple(x_batch, ALIGN) + c * _multiple(x_channel, ALIGN)
-    y += batch * _multiple(y_batch, ALIGN) + c * _multiple(y_channel, ALIGN)
+    length = multiple(length, ALIGN)
+    x += batch * multiple(x_batch, ALIGN) + c * multiple(x_channel, ALIGN)
+    y += batch * multiple(y_batch, ALIGN) + c * multiple(y_channel, ALIGN)
     if seq_idx is not None:
         seq_idx += batch * s_batch
     if initial_states is not None:
@@ -199,14 +199,14 @@ def _backward_kernel(
     group = tl.program_id(0) // across
     c = _channels(tl.program_id(0) % across, INSIDE, CHANNELS, INDEX)
     taps, shift = _load_filter(weight, bias, c, channels, w_channel, w_tap, bias_channel, WIDTH)
-    length = _multiple(length, ALIGN)
+    length = multiple(length, ALIGN)
     sums = repeat(tl.zeros([RUNS, CHANNELS] if INSIDE else [CHANNELS, RUNS], tl.float32), WIDTH + 1)
     for step in range(steps):
         batch, t, runs_exist = _runs(group * steps + step, runs, count, INSIDE, RUN, RUNS, INDEX)
         exists = runs_exist & (c < channels)
-        at_x = x + batch * _multiple(x_batch, ALIGN) + c * _multiple(x_channel, ALIGN)
-        at_grad = grad + batch * _multiple(grad_batch, ALIGN) + c * _multiple(grad_channel, ALIGN)
-        at_grad_x = grad_x + batch * _multiple(grad_x_batch, ALIGN) + c * _multiple(grad_x_channel, ALIGN)
+        at_x = x + batch * multiple(x_batch, ALIGN) + c * multiple(x_channel, ALIGN)
+        at_grad = grad + batch * multiple(grad_batch, ALIGN) + c * multiple(grad_channel, ALIGN)
+        at_grad_x = grad_x + batch * multiple(grad_x_batch, ALIGN) + c * multiple(grad_x_channel, ALIGN)
         at_numbers = None if seq_idx is None else seq_idx + batch * s_batch
         at_initial = None if initial_states is None else initial_states + batch * i_batch + c * i_channel
         known = _load_known(at_x, at_initial, t, x_position, i_position, length, exists, INSIDE, RUN, WIDTH)
@@ -269,7 +269,7 @@ def forward(
         x, weight, bias, seq_idx, initial_states, y, *sizes,
         *x.stride(), *weight.stride(), *strides_of(bias, 1), *strides_of(seq_idx, 2), *strides_of(initial_states, 3),
         *y.stride(),
-        WIDTH=weight.shape[1], SILU=silu, INSIDE=inside, ALIGN=_align(x, y), RUN=RUN, RUNS=runs, CHANNELS=across,
+        WIDTH=weight.shape[1], SILU=silu, INSIDE=inside, ALIGN=alignment(x, y), RUN=RUN, RUNS=runs, CHANNELS=across,
         INDEX=index_type(x, y, seq_idx, initial_states), num_warps=8,
     )  # fmt: skip
     return y
@@ -301,7 +301,7 @@ def backward(
         grad, x, weight, bias, seq_idx, initial_states, grad_x, grad_initial, parts, *sizes, steps,
         *grad.stride(), *x.stride(), *weight.stride(), *strides_of(bias, 1), *strides_of(seq_idx, 2),
         *strides_of(initial_states, 3), *grad_x.stride(), *strides_of(grad_initial, 3),
-        WIDTH=weight.shape[1], SILU=silu, INSIDE=inside, ALIGN=_align(grad, x, grad_x), RUN=RUN, RUNS=runs,
+        WIDTH=weight.shape[1], SILU=silu, INSIDE=inside, ALIGN=alignment(grad, x, grad_x), RUN=RUN, RUNS=runs,
         CHANNELS=across, INDEX=index_type(grad, x, grad_x, seq_idx, initial_states, grad_initial, parts), num_warps=8,
     )  # fmt: skip
     sums = parts.sum(0)
@@ -327,3 +327,8 @@ def configurations() -> Iterator[Configuration]:
             initial_states = empty(8, 1536, width - 1) if states else None
             title = f"causal_conv1d-{length}-w{width}-{name}"
             yield from record(title, partial(_both, x, weight, bias, None, initial_states, silu))
+        for dtype in (torch.int32, torch.int64):
+            x, seq_idx = empty(8, 1536, 2048), weight.new_empty(8, 2048, dtype=dtype)
+            yield from record(
+                f"causal_conv1d-2048-{dtype}-{name}", partial(_both, x, weight, bias, seq_idx, None, True)
+            )

@@ -113,4 +113,6 @@ def configurations() -> Iterator[Configuration]:
             x, state = empty(8, 1536, steps), empty(8, 1536, 4)
             weight, bias = x.new_empty(1536, 4, dtype=torch.float32), x.new_empty(1536, dtype=torch.float32)
             title = f"causal_conv1d_update-{steps}-{name}"
-            yield from record(title, forward, x, state, weight, bias, True, None, None)
+            for index in (None, x.new_empty(8, dtype=torch.int32), x.new_empty(8, dtype=torch.int64)):
+                suffix = "" if index is None else f"-{index.dtype}"
+                yield from record(f"{title}{suffix}", forward, x, state, weight, bias, True, index, index)

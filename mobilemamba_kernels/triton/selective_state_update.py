@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mobilemamba_kernels.triton._launch import Configuration, blocks, index_type, launch, record, strides_of
-from mobilemamba_kernels.triton._scan import _softplus, every_sequence, load, silu
+from mobilemamba_kernels.triton._scan import softplus, every_sequence, load, silu
 
 _ELEMENTS = 512  # of a tile
 
@@ -54,7 +54,7 @@ def _kernel(
     if dt_bias is not None:
         step += load(dt_bias + head * bias_head + c * bias_channel, exists)
     if SOFTPLUS:
-        step = _softplus(step)
+        step = softplus(step)
     rate = load(A + head * A_head + c[:, None] * A_channel + n[None, :] * A_n, both)
     into = load(B + batch * B_batch + head // share * B_group + n * B_n, states_exist)
     out_of = load(C + batch * C_batch + head // share * C_group + n * C_n, states_exist)
@@ -115,4 +115,6 @@ def configurations() -> Iterator[Configuration]:
             x, B = state.new_empty(8, heads, channels), state.new_empty(8, 1, N)
             A, D = state.new_empty(heads, channels, N).float(), state.new_empty(heads, channels).float()
             title = f"selective_state_update-{heads}x{channels}-N{N}-{name}"
-            yield from record(title, forward, state, x, x, A, B, B, D, x, D, True, None)
+            for index in (None, x.new_empty(8, dtype=torch.int32), x.new_empty(8, dtype=torch.int64)):
+                suffix = "" if index is None else f"-{index.dtype}"
+                yield from record(f"{title}{suffix}", forward, state, x, x, A, B, B, D, x, D, True, index)

@@ -563,7 +563,8 @@ def _states_between_chunks(
         fold_kernel, programs, x, scan.delta, scan.A, M, z, scan.bias, scan.weight, product, end, *sizes, N, rank,
         _share(scan, M), *x.stride(), *scan.delta.stride(), *strides(z), *_rows(M), DIRECTIONS=K,
         SOFTPLUS=scan.softplus, A_IS_LOG=scan.weight is not None, ADJOINT=adjoint, FIXED=M.ndim == 2,
-        ALIGN=alignment(x, z, *(() if scan.weight is not None else (scan.delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
+        ALIGN=alignment(x, z, *(() if scan.weight is not None else (scan.delta,))), BLOCK_C=channels, RUN=RUN,
+        RUNS=runs,
         INDEX=index_type(x, scan.delta, M, z, product), num_warps=warps,
     )
     block = 128

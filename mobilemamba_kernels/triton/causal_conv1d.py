@@ -31,7 +31,7 @@ from mobilemamba_kernels.triton._launch import (
     record,
     strides_of,
 )
-from mobilemamba_kernels.triton._scan import RUN, alignment, multiple, every_sequence, gradient_of, load
+from mobilemamba_kernels.triton._scan import RUN, alignment, every_sequence, gradient_of, load, multiple
 from mobilemamba_kernels.triton._tiles import BUSY, append, repeat, replace, tile_size
 
 _ELEMENTS = 256  # of a tile: a run a thread

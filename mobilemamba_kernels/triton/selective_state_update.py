@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mobilemamba_kernels.triton._launch import Configuration, blocks, index_type, launch, record, strides_of
-from mobilemamba_kernels.triton._scan import softplus, every_sequence, load, silu
+from mobilemamba_kernels.triton._scan import every_sequence, load, silu, softplus
 
 _ELEMENTS = 512  # of a tile
 

@@ -89,6 +89,77 @@ def test_wtconv_loads_and_computes_what_was_published(name):
     check(name, {"out": module(x)}, {"x": x} | dict(module.named_parameters()))
 
 
+def vim_mamba(hidden_states: Tensor, t: dict[str, Tensor], divide: bool) -> Tensor:
+    """Vim's block, by the names that it imports."""
+    interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    xz = F.linear(hidden_states, t["in_proj.weight"], t.get("in_proj.bias")).mT
+
+    def way(xz: Tensor, b: str) -> Tensor:
+        return interface.mamba_inner_fn_no_out_proj(
+            xz, t[f"conv1d{b}.weight"], t[f"conv1d{b}.bias"], t[f"x_proj{b}.weight"], t[f"dt_proj{b}.weight"],
+            -torch.exp(t[f"A{b}_log"]), None, None, t[f"D{b}"], delta_bias=t[f"dt_proj{b}.bias"], delta_softplus=True,
+        )  # fmt: skip
+
+    y = (way(xz, "") + way(xz.flip(-1), "_b").flip(-1)).mT
+    return F.linear(y / 2 if divide else y, t["out_proj.weight"], t.get("out_proj.bias"))
+
+
+@pytest.mark.parametrize("name", [n for n in published.CASES if n.startswith("vim.Mamba")])
+def test_vims_block_computes_what_was_published(name):
+    tensors = inputs(name)
+    parameters = {key: value for key, value in tensors.items() if key != "hidden_states"}
+    with patched("vim"):
+        out = vim_mamba(tensors["hidden_states"], parameters, published.CASES[name].options["if_divide_out"])
+    check(name, {"out": out}, tensors)
+
+
+def scan_paths(xs: Tensor, t: dict[str, Tensor], paths: slice = slice(None)) -> Tensor:
+    """Project sequences (batch, K, dim, L) and scan them, with the parameters of some of VMamba's four paths."""
+    rank = t["dt_projs_weight"].shape[2]
+    N, dim = t["A_logs"].shape[1], xs.shape[2]
+    projected = torch.einsum("bkdl,kcd->bkcl", xs, t["x_proj_weight"][paths])
+    dts, Bs, Cs = projected.split([rank, N, N], dim=2)
+    dts = torch.einsum("bkrl,kdr->bkdl", dts, t["dt_projs_weight"][paths])
+    A, D = -torch.exp(t["A_logs"]).view(4, dim, N)[paths].flatten(0, 1), t["Ds"].view(4, dim)[paths].flatten()
+    bias = t["dt_projs_bias"][paths].flatten()
+    ys = vmamba.selective_scan_fn(xs.flatten(1, 2), dts.flatten(1, 2), A, Bs.contiguous(), Cs.contiguous(), D, bias)
+    return ys.view(xs.shape)
+
+
+def ss2d_core(x: Tensor, t: dict[str, Tensor], mode: str) -> Tensor:
+    """SS2D's forward_corev2 of x, (batch, dim, H, W): the normalized result, channels last."""
+    batch, dim, height, width = x.shape
+    if mode == "cascade2d":
+        for paths, side in ((slice(2), "rows"), (slice(2, 4), "columns")):
+            x = F.layer_norm(x.permute(0, 2, 3, 1), (dim,)).permute(0, 3, 1, 2)
+            lines = (x.permute(0, 2, 1, 3) if side == "rows" else x.permute(0, 3, 1, 2)).flatten(0, 1)
+            ys = scan_paths(torch.stack([lines, lines.flip(-1)], 1), t, paths).sum(1).unflatten(0, (batch, -1))
+            x = ys.permute(0, 2, 1, 3) if side == "rows" else ys.permute(0, 2, 3, 1)
+        y = x
+    else:
+        scans = {"cross2d": 0, "unidi": 1, "bidi": 2}[mode]
+        ys = scan_paths(vmamba.cross_scan_fn(x, scans=scans), t).view(batch, 4, dim, height, width)
+        y = vmamba.cross_merge_fn(ys, scans=scans).view(x.shape)
+    return F.layer_norm(y.permute(0, 2, 3, 1), (dim,), t["out_norm.weight"], t["out_norm.bias"])
+
+
+@pytest.mark.parametrize("name", [n for n in published.CASES if n.startswith("vmamba.forward_corev2")])
+def test_vmambas_core_computes_what_was_published(name):
+    tensors, options = inputs(name), published.CASES[name].options
+    out = ss2d_core(tensors["x"], tensors, options["scan_mode"])
+    check(name, {"out": out.permute(0, 3, 1, 2) if options.get("channel_first") else out}, tensors)
+
+
+@pytest.mark.parametrize("name", [n for n in published.CASES if n.startswith("vmamba.SS2D")])
+def test_vmambas_block_computes_what_was_published(name):
+    t = inputs(name)
+    gated = t["in_proj.weight"].shape[0] == 16
+    x, *z = F.linear(t["x"], t["in_proj.weight"]).split(8, dim=-1)
+    x = F.silu(F.conv2d(x.permute(0, 3, 1, 2), t["conv2d.weight"], t["conv2d.bias"], padding=1, groups=8))
+    y = ss2d_core(x, t, "cross2d")
+    check(name, {"out": F.linear(y * F.silu(z[0]) if gated else y, t["out_proj.weight"])}, t)
+
+
 # --- putting them in place ---------------------------------------------------------------------------------------
 
 

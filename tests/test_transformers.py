@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HAS_INSTRUCTION_SETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mobilemamba_kernels.interop import hub, patch, patched, unpatch
@@ -21,6 +22,8 @@ from mobilemamba_kernels.interop import transformers as ours
 from mobilemamba_kernels.testing import assert_close
 
 hf = pytest.importorskip("transformers")
+if not HAS_INSTRUCTION_SETS:
+    pytest.skip("counts calls of the compiled operators", allow_module_level=True)
 
 FAMILIES = ("mamba", "falcon_mamba", "jamba", "zamba")
 try:
@@ -97,7 +100,7 @@ class Recorder(TorchDispatchMode):
 
 def check(found: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str) -> None:
     """The rule of testing.py, with some more roundings allowed than an operator has, as those of a model add up."""
-    rounding = 64 if plain.dtype == torch.float32 else 8
+    rounding = 64 if plain.dtype == torch.float32 else 12
     atol = rounding * torch.finfo(plain.dtype).eps * exact.abs().max().item()
     assert_close(found, exact, plain, what, atol)
 
@@ -129,7 +132,7 @@ def test_training(name, dtype):
         check(found[key], truth[key], plain[key], key)
         scale = truth[key].norm() * len(found) ** 0.5
         errors += torch.stack([((t[key] - truth[key]).norm() / scale) ** 2 for t in (found, plain)])
-    assert errors[0] <= 2 * errors[1]
+    assert errors[0].sqrt() <= 2 * errors[1].sqrt()
 
 
 def generate(network: torch.nn.Module, ids: torch.Tensor, count: int = 64, **options) -> torch.Tensor:
@@ -208,20 +211,28 @@ def test_gradient_checkpointing(name):
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["Mamba"])
-def test_compiled(name, backend):
-    network, ids = build(name, kind="Model", num_hidden_layers=1), tokens(12)
-    expected = network(ids).last_hidden_state
-    (wanted,) = torch.autograd.grad(expected.square().mean(), network.embeddings.weight)
+@pytest.mark.parametrize(("backend", "gradient"), [("aot_eager", True), ("inductor", False)])
+def test_compiled(backend, gradient):
+    network, ids, graphs = build("Mamba", kind="Model", num_hidden_layers=1), tokens(12), []
+    network.requires_grad_(gradient)
+    expected = network(ids, use_cache=False).last_hidden_state
+
+    def compile(graph, inputs):
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
     torch._dynamo.reset()
     with patched("transformers"):
-        compiled = torch.compile(network, backend=backend, fullgraph=True)
-        found = compiled(ids, use_cache=False).last_hidden_state
-        (gradient,) = torch.autograd.grad(found.square().mean(), network.embeddings.weight)
-    torch._dynamo.reset()
+        found = torch.compile(network, backend=compile, fullgraph=True)(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    if gradient:
+        weights = list(network.parameters())
+        gradients = (torch.autograd.grad(y.square().mean(), weights) for y in (found, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    (graph,) = graphs
+    assert "mobilemamba.selective_scan_fwd" in graph
+    assert "mobilemamba.causal_conv1d_fwd" in graph
+    torch._dynamo.reset()
 
 
 def test_a_model_built_within():
@@ -245,17 +256,11 @@ def test_convolutions_that_the_operators_lack_stay_theirs(options):
     assert recorder.calls == {"selective_scan_fwd": 2, "selective_state_update": 6}
 
 
-def test_packed_sequences_need_seq_idx():
-    x, weight, ends = torch.randn(1, 4, 6), torch.randn(4, 3), torch.tensor([0, 2, 6])
-    with patched("transformers"):
-        fn = MODELS[0].causal_conv1d_fn
-        with pytest.raises(
-            ValueError, match="cu_seqlens is not supported; pass seq_idx to keep packed sequences apart"
-        ):
-            fn(x, weight, activation="silu", cu_seqlens=ends)
-        found = fn(x, weight, None, "silu", seq_idx=torch.tensor([[0, 0, 1, 1, 1, 1]], dtype=torch.int32))
-    expected = [ours.causal_conv1d_fn(part, weight, activation="silu") for part in x.tensor_split((2,), -1)]
-    torch.testing.assert_close(found, torch.cat(expected, -1))
+@pytest.mark.parametrize("name", ["cu_seqlens", "seq_idx"])
+def test_packed_sequences_are_refused(name):
+    x, weight = torch.ones(1, 8, 6), torch.ones(8, 4)
+    with patched("transformers"), pytest.raises(ValueError, match=f"{name} is not supported, as the scan would mix"):
+        MODULES[0].causal_conv1d_fn(x, weight, activation="silu", **{name: torch.tensor([[0, 0, 1, 1, 1, 1]])})
 
 
 def functions() -> dict[str, object]:
@@ -321,4 +326,98 @@ def test_threads_that_patch_and_unpatch_leave_nothing():
     assert all(functions()[name] is before[name] for name in before)
 
 
-KERNELS_SCRIPT = Path(__file__).parent / "data" / "kernelized.py"
+@pytest.fixture
+def kernels():
+    return pytest.importorskip("kernels")
+
+
+@pytest.mark.parametrize("path", [hub.PATH, hub.PATH.parent])
+def test_layers_have_the_signatures_of_transformers_functions(kernels, path):
+    theirs = dict(zip(sorted(hub.LAYERS), sorted(ours.__all__), strict=True))
+    for layer_name, name in theirs.items():
+        layer = kernels.LocalLayerRepository(path, layer_name=layer_name).load()
+        assert layer.__init__ is torch.nn.Module.__init__
+        assert layer.has_backward
+        assert layer.can_torch_compile
+        parameters = list(inspect.signature(layer.forward).parameters.values())[1:]
+        for module in MODULES:
+            expected = inspect.signature(getattr(module, name)).parameters.values()
+            assert [(p.name, p.kind, p.default) for p in parameters] == [(p.name, p.kind, p.default) for p in expected]
+
+
+def test_kernel_mapping(kernels, monkeypatch):
+    assert {name: list(devices) for name, devices in hub.kernel_mapping().items()} == {n: ["cpu"] for n in hub.LAYERS}
+    assert hub.kernel_mapping("cuda")["selective_scan_fn"].keys() == {"cuda"}
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    with pytest.raises(ImportError, match="kernel_mapping: kernels is not installed"):
+        hub.kernel_mapping()
+
+
+KERNELIZED = """
+import inspect, socket
+import torch, kernels
+import transformers.utils.import_utils as utils
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("the network was asked")
+
+socket.socket.connect = refuse
+inspect.unwrap(utils.is_kernels_available).__defaults__ = ("0", "99")  # whatever version transformers wants
+
+from mobilemamba_kernels.interop import hub, patch, patched
+from test_transformers import MODELS, MODULES, SCANS, Recorder, build, decode, functions, tokens, train
+
+torch.set_num_threads(1)
+ids = tokens(12)
+assert all(isinstance(f, torch.nn.Module) for f in functions().values())
+gelu = build("Mamba", hidden_act="gelu")
+networks = [*(build(name) for name in MODELS), gelu]
+expected = [decode(network, ids, 9) for network in networks]
+trained = train(networks[0].train(), ids)
+
+before = functions()
+with patched("transformers"), Recorder() as recorder:
+    torch.testing.assert_close(decode(networks[0], ids, 9), expected[0], rtol=1e-4, atol=1e-5)
+assert recorder.calls["selective_state_update"] == 6, recorder.calls
+assert functions() == before
+
+original = MODULES[0].mamba_selective_scan
+MODULES[0].mamba_selective_scan = kernels.use_kernel_forward_from_hub("selective_scan_fn")(lambda u, dt, B: None)
+try:
+    patch("transformers")
+except RuntimeError as error:
+    assert "selective_scan_fn takes (u, dt, B)" in str(error), error
+else:
+    raise AssertionError("another signature was patched")
+MODULES[0].mamba_selective_scan = original
+assert functions() == before
+
+for mode in (kernels.Mode.INFERENCE, kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE):
+    for network, logits in zip(networks, expected):
+        with kernels.use_kernel_mapping(hub.kernel_mapping(), inherit_mapping=False):
+            kernels.kernelize(network, mode=mode, device="cpu")
+        with Recorder() as recorder:
+            found = decode(network.eval(), ids, 9)
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+        scans = SCANS[type(network).__name__.removesuffix("ForCausalLM")]
+        calls = {"selective_scan_fwd": scans, "selective_state_update": 3 * scans}
+        if network is not gelu:
+            mambas = recorder.calls["causal_conv1d_fwd"]
+            assert mambas > 1
+            calls |= {"causal_conv1d_fwd": mambas, "causal_conv1d_update": 3 * mambas}
+        assert recorder.calls == calls, recorder.calls
+again = train(networks[0].train(), ids)
+for key in trained:
+    torch.testing.assert_close(again[key], trained[key], rtol=1e-3, atol=1e-5)
+"""
+
+
+def test_kernelized_models(kernels):
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELIZED],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,6 @@
-// Lanes are channels. An item of the forward is kLanes channels of some positions of one image, an item of the backward
-// those of all positions. Where x is float32 with channels side by side it is read where it lies.
+// Lanes are channels, but for a forward along positions. An item of the forward is kLanes channels of some positions of
+// one sequence, an item of the backward those of all positions. Where x is float32 with channels side by side it is
+// read where it lies.
 //
 // Backward, with s the sum under the SiLU and d its gradient:
 //   dx_l = Σ_j weight_j d_{l+W-1-j},  dweight_j = Σ_l d_l x_{l-W+1+j},  dbias = Σ_l d_l
@@ -53,9 +54,39 @@ struct Item {
   }
 };
 
+// Where positions lie side by side lanes are positions, one channel after the other.
+template <int kTaps>
+static void forward_along(const Item& item, int64_t start, int64_t count) {
+  const CausalConv1dParams& p = item.p;
+  constexpr int64_t kBefore = kTaps - 1;
+  float* row = p.scratch;
+  for (int64_t c = 0; c < item.channels; ++c) {
+    const int64_t channel = item.channel + c;
+    if (start > 0) {
+      load_row(row, p.x.at(item.batch, channel, start - kBefore), 1, count + kBefore);
+    } else {
+      std::memset(row, 0, kBefore * sizeof(float));
+      if (p.initial) load_row(row, p.initial.at(item.batch, channel, 0), p.initial.position, kBefore);
+      load_row(row + kBefore, p.x.at(item.batch, channel, 0), 1, count);
+    }
+    Vec taps[kTaps];
+    for (int j = 0; j < kTaps; ++j) taps[j] = splat(item.filter.taps[j][c]);
+    const Vec bias = splat(item.filter.bias[c]);
+    with_type(p.y.at(item.batch, channel, start), [&](auto* y) {
+      for (int64_t l = 0; l < count; l += kLanes) {
+        Vec s = bias;
+        for (int j = 0; j < kTaps; ++j) s += taps[j] * load(row + l + j);
+        store_some(y + l, p.filter.silu ? silu(s) : s, count - l < kLanes ? count - l : kLanes);
+      }
+    });
+  }
+}
+
 template <int kTaps>
 static void forward(const Item& item, int64_t start, int64_t count) {
   const CausalConv1dParams& p = item.p;
+  if (p.x.position == 1 && p.y.position == 1 && p.y.channel != 1 && !p.numbers)
+    return forward_along<kTaps>(item, start, count);
   float* out = p.scratch + (kCausalChunk + kMostTaps - 1) * kLanes;
   const Rows rows = item.known(p.scratch, start, count);
   const Elements to = p.y.at(item.batch, item.channel, start);

@@ -21,13 +21,13 @@ struct Coefficient {
   INLINE_MEMBER Vec operator[](int64_t l) const { return values ? splat(values[l * step]) : fixed; }
 };
 
-// Calls f(start, count) for every tile of positions in [begin, end), in the order of direction k.
+// Calls f(start, count) for every tile of at most kScanTile positions in [begin, end), in the order of direction k.
 template <class F>
-INLINE void each_tile(int64_t k, int64_t begin, int64_t end, F f) {
-  const int64_t tiles = (end - begin + kScanTile - 1) / kScanTile;
+INLINE void each_tile(int64_t k, int64_t begin, int64_t end, F f, int64_t tile = kScanTile) {
+  const int64_t tiles = (end - begin + tile - 1) / tile;
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t start = begin + (k == 1 ? tiles - 1 - i : i) * kScanTile;
-    f(start, end - start < kScanTile ? end - start : kScanTile);
+    const int64_t start = begin + (k == 1 ? tiles - 1 - i : i) * tile;
+    f(start, end - start < tile ? end - start : tile);
   }
 }
 
@@ -90,7 +90,7 @@ static void scan_positions(Rows y, float* h, const ScanScratch& s, const Source&
   // An absent D is not D = 0: 0 · infinity is NaN.
   const Start first = {k == 1, source.skips(), source.skips() ? source.D(k) : Vec{}};
   const bool driven = source.state > 1;
-  each_tile(k, begin, end, [&](int64_t start, int64_t count) {
+  const auto scan_one_tile = [&](int64_t start, int64_t count) {
     const Rows u = source.u(s.u, k, start, count), dt = source.dt(s.dt, k, start, count);
     const Rows out = {y[start - begin], y.step}, drive = {s.drive}, sums = {s.sums};
     IntVec largest{};  // as integers magnitudes have the same order, and NaN is above all
@@ -122,7 +122,8 @@ static void scan_positions(Rows y, float* h, const ScanScratch& s, const Source&
     }
     for (int64_t l = 0; kOutput && driven && l < count; ++l)
       out.set(l, first.accumulates ? out.get(l) + sums.get(l) : sums.get(l));
-  });
+  };
+  each_tile(k, begin, end, scan_one_tile, driven ? kScanStatesTile : kScanTile);
 }
 
 // Writes the states that enter every chunk of direction k: `state` times kLanes values a chunk.

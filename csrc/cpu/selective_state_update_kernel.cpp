@@ -6,20 +6,38 @@
 BEGIN_KERNELS
 namespace {
 
-// `count` states from e on: where they lie, or a copy. What is behind them, up to a whole vector, is 0 in a copy.
-INLINE const float* states_of(float* row, Elements e, int64_t stride, int64_t count) {
-  if (e.dtype == DType::kFloat32 && stride == 1 && count % kLanes == 0) return static_cast<const float*>(e.data);
-  store(row + count / kLanes * kLanes, Vec{});
-  load_row(row, e, stride, count);
-  return row;
-}
+// Rows of states of one channel after the other: where they lie, or copies, filled with zeros up to a whole vector.
+struct StateRows {
+  Elements first;
+  int64_t channel, state, count;
+  float* copy;
+  bool direct;
 
-INLINE void store_states(Elements e, const float* row, int64_t stride, int64_t count) {
-  with_type(e, [&](auto* p) {
-    for (int64_t n = 0; n < count; n += stride == 1 ? kLanes : 1)
-      store_some(p + n * stride, load(row + n), stride == 1 ? (count - n < kLanes ? count - n : kLanes) : 1);
-  });
-}
+  StateRows(Elements e, int64_t channel_stride, int64_t state_stride, int64_t states, float* row)
+      : first(e),
+        channel(channel_stride),
+        state(state_stride),
+        count(states),
+        copy(row),
+        direct(e.dtype == DType::kFloat32 && state_stride == 1 && states % kLanes == 0) {}
+
+  INLINE_MEMBER float* get(int64_t i) const {
+    if (direct) return static_cast<float*>(first.data) + i * channel;
+    store(copy + count / kLanes * kLanes, Vec{});
+    load_row(copy, first + i * channel, state, count);
+    return copy;
+  }
+  INLINE_MEMBER void put(int64_t i) const {
+    if (direct) return;
+    with_type(first + i * channel, [&](auto* p) {
+      if (state == 1)
+        for (int64_t n = 0; n < count; n += kLanes)
+          store_some(p + n, load(copy + n), count - n < kLanes ? count - n : kLanes);
+      else
+        for (int64_t n = 0; n < count; ++n) store_one(p + n * state, copy[n]);
+    });
+  }
+};
 
 static void update(const SelectiveStateUpdateParams& p, int64_t batch, int64_t head, int64_t channel,
                    int64_t channels) {
@@ -36,26 +54,30 @@ static void update(const SelectiveStateUpdateParams& p, int64_t batch, int64_t h
   if (p.dt_bias) dt += vector(p.dt_bias);
   if (p.softplus) dt = softplus(dt);
   constexpr int64_t kRow = kMostStates + kLanes;
-  float *a_row = p.scratch + 2 * kRow, *h_row = a_row + kRow;
-  const float *b = states_of(p.scratch, p.B.at(batch, head / p.group, 0), p.B.state, p.state),
-              *c = states_of(p.scratch + kRow, p.C.at(batch, head / p.group, 0), p.C.state, p.state);
+  const auto row_of = [&](const StepTensor& t, int64_t at, int64_t h, int64_t c, int64_t i) {
+    return StateRows(t.at(at, h, c), t.channel, t.state, p.state, p.scratch + i * kRow);
+  };
+  const int64_t group = head / p.group;
+  const float *b = row_of(p.B, batch, group, 0, 0).get(0), *c = row_of(p.C, batch, group, 0, 1).get(0);
+  const StateRows states = row_of(p.states, row, head, channel, 2), rates = row_of(p.A, 0, head, channel, 3);
   const bool shared = p.A.state == 0;
-  const Vec step = dt * kLog2E, drive = dt * x, decay = shared ? exp2(step * vector(p.A)) : Vec{};
-  const int64_t vectors = (p.state + kLanes - 1) / kLanes;
+  float steps[kLanes], drives[kLanes], decays[kLanes];
+  store(steps, dt * kLog2E), store(drives, dt * x);
+  if (shared) store(decays, exp2(load(steps) * vector(p.A)));
+  const int64_t padded = (p.state + kLanes - 1) / kLanes * kLanes;
   Vec sums[kLanes] = {};
   for (int64_t i = 0; i < channels; ++i) {
-    const Elements states = p.states.at(row, head, channel + i);
-    const bool direct = states.dtype == DType::kFloat32 && p.states.state == 1 && p.state % kLanes == 0;
-    const float* before = states_of(h_row, states, p.states.state, p.state);
-    const float* a = shared ? nullptr : states_of(a_row, p.A.at(0, head, channel + i), p.A.state, p.state);
-    float* after = direct ? static_cast<float*>(states.data) : h_row;
-    for (int64_t v = 0; v < vectors * kLanes; v += kLanes) {
-      const Vec factor = shared ? splat(decay[i]) : exp2(load(a + v) * step[i]);
-      const Vec h = factor * load(before + v) + load(b + v) * drive[i];
-      store(after + v, h);
-      sums[i] += h * load(c + v);
+    float* h = states.get(i);
+    const float* a = shared ? nullptr : rates.get(i);
+    const Vec step = splat(steps[i]), drive = splat(drives[i]), decay = shared ? splat(decays[i]) : Vec{};
+    Vec sum{};
+    for (int64_t n = 0; n < padded; n += kLanes) {
+      const Vec after = (shared ? decay : exp2(load(a + n) * step)) * load(h + n) + load(b + n) * drive;
+      store(h + n, after);
+      sum += after * load(c + n);
     }
-    if (!direct) store_states(states, h_row, p.states.state, p.state);
+    sums[i] = sum;
+    states.put(i);
   }
   Vec y = sum_lanes(sums);
   if (p.D) y += vector(p.D) * x;

@@ -10,13 +10,15 @@
 BEGIN_KERNELS
 namespace {
 
+constexpr int64_t kWorthTransposing = 5;  // positions; single elements take less time than so short rows
+
 // e: the first element; the strides are in elements; channels <= kLanes.
 [[maybe_unused]] static void load_tile(float* tile, Elements e, int64_t channel_stride, int64_t position_stride,
                                        int64_t channels, int64_t positions) {
   with_type(e, [&](const auto* p) {
     if (channel_stride == 1) {
       for (int64_t l = 0; l < positions; ++l) store(tile + l * kLanes, load_some(p + l * position_stride, channels));
-    } else if (position_stride == 1) {
+    } else if (position_stride == 1 && positions >= kWorthTransposing) {
       for (int64_t l = 0; l < positions; l += kLanes) {
         const int64_t count = positions - l < kLanes ? positions - l : kLanes;
         Vec rows[kLanes];
@@ -37,7 +39,7 @@ namespace {
   with_type(e, [&](auto* p) {
     if (channel_stride == 1) {
       for (int64_t l = 0; l < positions; ++l) store_some(p + l * position_stride, load(tile + l * kLanes), channels);
-    } else if (position_stride == 1) {
+    } else if (position_stride == 1 && positions >= kWorthTransposing) {
       for (int64_t l = 0; l < positions; l += kLanes) {
         const int64_t count = positions - l < kLanes ? positions - l : kLanes;
         Vec rows[kLanes];
@@ -48,7 +50,7 @@ namespace {
     } else {
       for (int64_t l = 0; l < positions; ++l)
         for (int64_t c = 0; c < channels; ++c)
-          store_some(p + c * channel_stride + l * position_stride, splat(tile[l * kLanes + c]), 1);
+          store_one(p + c * channel_stride + l * position_stride, tile[l * kLanes + c]);
     }
   });
 }

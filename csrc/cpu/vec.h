@@ -200,6 +200,11 @@ INLINE void store_some(Elements e, Vec v, int64_t n) {
 INLINE float load_one(const float* p) { return *p; }
 INLINE float load_one(const BFloat16* p) { return from_bits(BitVec{} + (uint32_t{p->bits} << 16))[0]; }
 INLINE float load_one(const Float16* p) { return load_some(p, 1)[0]; }
+INLINE void store_one(float* p, float x) { *p = x; }
+template <class T>
+INLINE void store_one(T* p, float x) {
+  store_some(p, splat(x), 1);
+}
 
 // Several vectors side by side: the operations of one fill the time in which another's wait for their operands.
 template <int kCount>

@@ -5,8 +5,9 @@
 
 namespace mobilemamba {
 
-constexpr int64_t kScanTile = 256;    // positions of a tile of inputs
-constexpr int64_t kScanChunk = 1024;  // positions of a sum that is converted when both directions are in it
+constexpr int64_t kScanTile = 256;       // positions of a tile of inputs
+constexpr int64_t kScanStatesTile = 64;  // of one that many states go through, with their B and C
+constexpr int64_t kScanChunk = 1024;     // positions of a sum that is converted when both directions are in it
 constexpr int64_t kMaxState = 256;
 
 // Floats of one thread's scratch for a forward over vectors of `lanes`.

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -25,6 +26,7 @@ _ABSENT: Any = object()
 
 _lock = threading.RLock()
 _changed: dict[str, list[_Change]] = {}
+_blocks: Counter[str] = Counter()  # of `patched` that are open
 
 
 class _Change:
@@ -114,15 +116,23 @@ def unpatch(target: str | None = None) -> None:
 
 @contextmanager
 def patched(target: str) -> Iterator[dict[str, Any]]:
-    """Patch within a ``with`` block; what was patched before it stays so behind it."""
+    """Patch within a ``with`` block, until every thread has left such a block.
+
+    What was patched before the first of them stays so behind the last.
+    """
     with _lock:
-        already = target in _changed
+        already = target in _changed and not _blocks[target]
         replaced = patch(target)
+        if not already:
+            _blocks[target] += 1
     try:
         yield replaced
     finally:
         if not already:
-            unpatch(target)
+            with _lock:
+                _blocks[target] -= 1
+                if not _blocks[target]:
+                    unpatch(target)
 
 
 def _modules() -> list[ModuleType]:

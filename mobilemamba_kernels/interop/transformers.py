@@ -31,14 +31,17 @@ def causal_conv1d_fn(
     activation: str | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """As :func:`mobilemamba_kernels.causal_conv1d_fn`; of ``kwargs`` only ``seq_idx`` has an effect.
+    """As :func:`mobilemamba_kernels.causal_conv1d_fn`.
 
     Raises:
-        ValueError: ``cu_seqlens`` is given; pass ``seq_idx`` to keep packed sequences apart.
+        ValueError: packed sequences (``cu_seqlens``, ``seq_idx``), which the scan would run across; pad them instead.
     """
-    if kwargs.get("cu_seqlens") is not None:
-        raise ValueError("causal_conv1d_fn: cu_seqlens is not supported; pass seq_idx to keep packed sequences apart")
-    return _causal_conv1d_fn(hidden_states, weight, bias, kwargs.get("seq_idx"), activation=activation)  # type: ignore[return-value]
+    for name in ("cu_seqlens", "seq_idx"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"causal_conv1d_fn: {name} is not supported, as the scan would mix packed sequences; pad them"
+            )
+    return _causal_conv1d_fn(hidden_states, weight, bias, activation=activation)  # type: ignore[return-value]
 
 
 def causal_conv1d_update(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LAYERS = ("causal_conv1d_fn", "causal_conv1d_update", "selective_scan_fn", "selective_state_update")
+PATH = Path(__file__).parent / "torch-universal"
 
 
 def kernel_mapping(device: str = "cpu") -> dict[str, dict[str, Any]]:
@@ -31,5 +32,4 @@ def kernel_mapping(device: str = "cpu") -> dict[str, dict[str, Any]]:
         raise ImportError(
             "kernel_mapping: kernels is not installed, or is too old; install it, for example with pip install kernels"
         ) from error
-    path = Path(__file__).parent / "torch-universal"
-    return {name: {device: LocalLayerRepository(path, layer_name=name)} for name in LAYERS}
+    return {name: {device: LocalLayerRepository(PATH, layer_name=name)} for name in LAYERS}

@@ -39,61 +39,92 @@ struct StateRows {
   }
 };
 
-static void update(const SelectiveStateUpdateParams& p, int64_t batch, int64_t head, int64_t channel,
-                   int64_t channels) {
-  const Elements out = p.y.at(batch, head, channel);
-  const int64_t row = p.rows ? p.rows.at(batch) : batch;
-  float lanes[kLanes];
-  if (row < 0) {
-    store(lanes, Vec{});
-    return store_tile(lanes, out, p.y.channel, 0, channels, 1);
+// An item's channels, in three passes, so that one block's functions fill the time in which another's wait.
+struct Item {
+  const SelectiveStateUpdateParams& p;
+  int64_t batch, head, channel, channels;
+
+  // Calls f(channel in the item, how many) for every block.
+  template <class F>
+  INLINE_MEMBER void blocks(F f) const {
+    for (int64_t c = 0; c < channels; c += kLanes) f(c, channels - c < kLanes ? channels - c : kLanes);
   }
-  const auto vector = [&](const StepTensor& t) { return load_lanes(t.at(batch, head, channel), t.channel, channels); };
-  const Vec x = vector(p.x);
-  Vec dt = vector(p.dt);
-  if (p.dt_bias) dt += vector(p.dt_bias);
-  if (p.softplus) dt = softplus(dt);
-  constexpr int64_t kRow = kMostStates + kLanes;
-  const auto row_of = [&](const StepTensor& t, int64_t at, int64_t h, int64_t c, int64_t i) {
-    return StateRows(t.at(at, h, c), t.channel, t.state, p.state, p.scratch + i * kRow);
-  };
-  const int64_t group = head / p.group;
-  const float *b = row_of(p.B, batch, group, 0, 0).get(0), *c = row_of(p.C, batch, group, 0, 1).get(0);
-  const StateRows states = row_of(p.states, row, head, channel, 2), rates = row_of(p.A, 0, head, channel, 3);
+  INLINE_MEMBER Vec vector(const StepTensor& t, int64_t c, int64_t some) const {
+    return load_lanes(t.at(batch, head, channel + c), t.channel, some);
+  }
+  INLINE_MEMBER void write(int64_t c, int64_t some, Vec y) const {
+    float lanes[kLanes];
+    store(lanes, y);
+    store_tile(lanes, p.y.at(batch, head, channel + c), p.y.channel, 0, some, 1);
+  }
+  StateRows rows(const StepTensor& t, int64_t at, int64_t h, int64_t c, int64_t i) const {
+    return {t.at(at, h, c), t.channel, t.state, p.state, p.scratch + i * (kMostStates + kLanes)};
+  }
+};
+
+static void update(const Item& item) {
+  const SelectiveStateUpdateParams& p = item.p;
+  const int64_t row = p.rows ? p.rows.at(item.batch) : item.batch, group = item.head / p.group;
+  if (row < 0) return item.blocks([&](int64_t c, int64_t some) { item.write(c, some, Vec{}); });
   const bool shared = p.A.state == 0;
-  float steps[kLanes], drives[kLanes], decays[kLanes];
-  store(steps, dt * kLog2E), store(drives, dt * x);
-  if (shared) store(decays, exp2(load(steps) * vector(p.A)));
-  const int64_t padded = (p.state + kLanes - 1) / kLanes * kLanes;
-  Vec sums[kLanes] = {};
-  for (int64_t i = 0; i < channels; ++i) {
-    float* h = states.get(i);
-    const float* a = shared ? nullptr : rates.get(i);
-    const Vec step = splat(steps[i]), drive = splat(drives[i]), decay = shared ? splat(decays[i]) : Vec{};
-    Vec sum{};
-    for (int64_t n = 0; n < padded; n += kLanes) {
-      const Vec after = (shared ? decay : exp2(load(a + n) * step)) * load(h + n) + load(b + n) * drive;
-      store(h + n, after);
-      sum += after * load(c + n);
-    }
-    sums[i] = sum;
-    states.put(i);
-  }
-  Vec y = sum_lanes(sums);
-  if (p.D) y += vector(p.D) * x;
-  if (p.z) y *= silu(vector(p.z));
-  store(lanes, y);
-  store_tile(lanes, out, p.y.channel, 0, channels, 1);
+  float steps[kStepChannels], drives[kStepChannels], decays[kStepChannels], sums[kStepChannels];
+  item.blocks([&](int64_t c, int64_t some) {
+    Vec dt = item.vector(p.dt, c, some);
+    if (p.dt_bias) dt += item.vector(p.dt_bias, c, some);
+    if (p.softplus) dt = softplus(dt);
+    store(drives + c, dt * item.vector(p.x, c, some));
+    store(steps + c, dt * kLog2E);
+    if (shared) store(decays + c, exp2(dt * kLog2E * item.vector(p.A, c, some)));
+  });
+  const float *b = item.rows(p.B, item.batch, group, 0, 0).get(0), *c = item.rows(p.C, item.batch, group, 0, 1).get(0);
+  const StateRows states = item.rows(p.states, row, item.head, item.channel, 2),
+                  rates = item.rows(p.A, 0, item.head, item.channel, 3);
+  const auto advance = [&](auto vectors, auto one_decay) ALWAYS_INLINE {
+    item.blocks([&](int64_t first, int64_t some) ALWAYS_INLINE {
+      Vec of_channel[kLanes] = {};
+      for (int64_t i = 0; i < some; ++i) {
+        float* h = states.get(first + i);
+        const float* a = one_decay ? nullptr : rates.get(first + i);
+        const Vec drive = splat(drives[first + i]), step = splat((one_decay ? decays : steps)[first + i]);
+        Vec sum{};
+        for (int64_t n = 0; n < p.state; n += vectors * kLanes) {
+          Pack<vectors> decay;
+          for (int v = 0; v < vectors; ++v) decay.v[v] = one_decay ? step : load(a + n + v * kLanes) * step;
+          if (!one_decay) decay = are_moderate(decay) ? moderate_exp2(decay) : exp2(decay);
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t at = n + v * kLanes;
+            const Vec after = decay.v[v] * load(h + at) + load(b + at) * drive;
+            store(h + at, after);
+            sum += after * load(c + at);
+          }
+        }
+        of_channel[i] = sum;
+        states.put(first + i);
+      }
+      store(sums + first, sum_lanes(of_channel));
+    });
+  };
+  const auto with_decay = [&](auto vectors) ALWAYS_INLINE {
+    shared ? advance(vectors, std::true_type{}) : advance(vectors, std::false_type{});
+  };
+  p.state % (2 * kLanes) == 0 ? with_decay(std::integral_constant<int, 2>{})
+                              : with_decay(std::integral_constant<int, 1>{});
+  item.blocks([&](int64_t c, int64_t some) {
+    Vec y = load(sums + c);
+    if (p.D) y += item.vector(p.D, c, some) * item.vector(p.x, c, some);
+    if (p.z) y *= silu(item.vector(p.z, c, some));
+    item.write(c, some, y);
+  });
 }
 
 }  // namespace
 
-// Items: batch × heads × blocks of channels.
+// Items: batch × heads × kStepChannels channels.
 void selective_state_update(const SelectiveStateUpdateParams& p, int64_t begin, int64_t end) {
-  const int64_t blocks = (p.dim + kLanes - 1) / kLanes;
+  const int64_t parts = (p.dim + kStepChannels - 1) / kStepChannels;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t channel = i % blocks * kLanes, rest = p.dim - channel;
-    update(p, i / blocks / p.heads, i / blocks % p.heads, channel, rest < kLanes ? rest : kLanes);
+    const int64_t channel = i % parts * kStepChannels, rest = p.dim - channel;
+    update({p, i / parts / p.heads, i / parts % p.heads, channel, rest < kStepChannels ? rest : kStepChannels});
   }
 }
 

@@ -56,9 +56,13 @@ INLINE Vec at_least(Vec x, Vec low) { return select(x < low, low, x); }
 INLINE Vec at_most(Vec x, Vec high) { return select(x > high, high, x); }
 #endif
 INLINE bool all(IntVec mask) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) == 0xff;
+#else
   int32_t both = -1;
   for (int i = 0; i < kLanes; ++i) both &= mask[i];
   return both != 0;
+#endif
 }
 INLINE Vec magnitude(Vec x) { return from_bits(bits(x) & 0x7fffffffu); }
 
@@ -344,6 +348,10 @@ INLINE V exp2(V x) {
 }
 constexpr bool kHasModerate = false;  // the instructions take every exponent
 template <class V>
+INLINE bool are_moderate(V) {
+  return true;
+}
+template <class V>
 INLINE V moderate_exp2(V x) {
   return exp2(x);
 }
@@ -385,6 +393,12 @@ INLINE Pack<kCount> moderate_exp2(Pack<kCount> x) {
     // What is not an integer in `shifted` has no bits below the 23rd.
     return from_bits(bits(exp2_of_fraction(v - (shifted - 12582912.0f))) + (bits(shifted) << 23));
   });
+}
+template <int kCount>
+INLINE bool are_moderate(Pack<kCount> x) {
+  IntVec mask = magnitude(x.v[0]) < kModerateExponent;
+  for (int i = 1; i < kCount; ++i) mask &= magnitude(x.v[i]) < kModerateExponent;
+  return all(mask);
 }
 INLINE Vec softplus(Vec x) {
   const Vec t = exp2(magnitude(x) * -kLog2E);

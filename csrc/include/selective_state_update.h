@@ -31,6 +31,7 @@ struct SelectiveStateUpdateParams {
 };
 
 constexpr int64_t kMostStates = 256;
+constexpr int64_t kStepChannels = 64;  // of an item on a CPU
 
 // B, C, a row of A and a row of states.
 inline int64_t selective_state_update_scratch(int64_t lanes) { return 4 * (kMostStates + lanes); }

@@ -39,7 +39,7 @@ def causal_conv1d_fn(
     for name in ("cu_seqlens", "seq_idx"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"causal_conv1d_fn: {name} is not supported, as the scan would mix packed sequences; pad them"
+                f"causal_conv1d_fn: {name} is not supported, as the scan would mix the sequences; pad them"
             )
     return _causal_conv1d_fn(hidden_states, weight, bias, activation=activation)  # type: ignore[return-value]
 

@@ -136,12 +136,13 @@ def _transformers(s: Sizes) -> Iterator[Comparison]:
     dt, A = torch.randn(1, dim, s.prompt), -torch.rand(dim, s.state)
     B, C = torch.randn(2, 1, s.prompt, s.state).mT
     D, bias = torch.randn(2, dim)
-    weight = torch.randn(dim, 4)
+    weight, token = torch.randn(dim, 4), torch.randn(1, dim, 1)
 
-    def alone(what: str, name: str, run: Callable[..., Tensor]) -> Comparison:
-        sides = [partial(run, functions[name], torch.zeros(1, dim, s.state)) for functions in (theirs, ours)]
+    def alone(what: str, name: str, run: Callable[..., Tensor], kept: int = s.state) -> Comparison:
+        sides = [partial(run, functions[name], torch.zeros(1, dim, kept)) for functions in (theirs, ours)]
         return Comparison("transformers", what, "its PyTorch path", *sides)
 
+    first = [t[..., 0] for t in (u, dt, B, C, z)]
     yield alone(
         f"its scan of {s.prompt} positions", "mamba_selective_scan",
         lambda scan, _: scan(u, dt, A, B, C, D, z, bias, True),
@@ -149,12 +150,12 @@ def _transformers(s: Sizes) -> Iterator[Comparison]:
     yield alone(
         "its step of the scan", "mamba_selective_state_update",
         lambda step, state: step(
-            state, u[..., 0], dt[..., 0], A, B[..., 0], C[..., 0], D, dt_bias=bias, dt_softplus=True, z=z[..., 0]
+            state, *first[:2], A, *first[2:4], D, dt_bias=bias, dt_softplus=True, z=first[4]
         ),
     )  # fmt: skip
     yield alone(
         "its step of the convolution", "causal_conv1d_update",
-        lambda step, state: step(u[..., :1], state[..., :4], weight, D, "silu"),
+        lambda step, state: step(token, state, weight, D, "silu"), kept=4,
     )  # fmt: skip
 
 

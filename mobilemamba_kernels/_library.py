@@ -185,10 +185,16 @@ def define_update(name: str, schema: str, reference: _Function, fake: _Function)
     Arguments, results and kernels are as in :func:`define_operator`, but for the suffix; ``schema`` marks what changes.
     """
 
+    def allocate(*args: Any) -> Any:
+        # One tensor of the device "meta" brings real ones here.
+        if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
+            raise RuntimeError(f"{name}: the tensors are on different devices")
+        return fake(*args)
+
     def declare(library: torch.library.Library, forward: _Function) -> _Function:
         library.define(f"{name}{schema}")
         library.impl(name, forward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{library.ns}::{name}", allocate, lib=library)
         return getattr(getattr(torch.ops, library.ns), name).default
 
     compiled = declare(LIBRARY, reference)

@@ -108,21 +108,18 @@ def run_update(
 ) -> Any:
     """Run an operator that changes an argument in place; ``check(*args)`` raises what is wrong with a call.
 
-    A compiled kernel refuses, before it writes, what it cannot read, so it is asked first: the checks take longer than
-    a step. The reference, which is differentiable, runs where a gradient is wanted.
+    The CPU's kernel refuses, before it writes, what it cannot read, so it is asked first: the checks take longer than a
+    step. The reference, which is differentiable, runs where a gradient is wanted.
     """
-    try:
-        backend = choose(op, *tensors)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            backend = "reference"
-        together = all(t is None or t.device == tensors[0].device for t in tensors)  # type: ignore[union-attr]
-        if together and backend in ("cpu", "cuda") and not torch.compiler.is_compiling():
-            return implementations[backend](*args)
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
-        check(*args)
-        raise
+    wants_gradient = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
+    if "cpu" in implementations and _forced is None and not wants_gradient and not torch.compiler.is_compiling():
+        try:
+            if tensors[0].device.type == "cpu":  # type: ignore[union-attr]
+                return implementations["cpu"](*args)
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
+            pass  # it has changed nothing: let the checks say what is wrong, or another backend run
     check(*args)
-    return implementations[backend](*args)
+    return implementations["reference" if wants_gradient else choose(op, *tensors)](*args)
 
 
 def implementations(op: str) -> dict[str, Callable[..., Any]]:

@@ -54,6 +54,12 @@ struct Item {
   }
 };
 
+template <int kCount>
+INLINE Pack<kCount> silu(Pack<kCount> s) {
+  const Pack<kCount> power = s * -kLog2E, e = are_moderate(power) ? moderate_exp2(power) : exp2(power);
+  return each(s, e, [](Vec x, Vec exponential) { return x / (1.0f + exponential); });
+}
+
 // Where positions lie side by side lanes are positions, one channel after the other.
 template <int kTaps>
 static void forward_along(const Item& item, int64_t start, int64_t count) {
@@ -62,7 +68,10 @@ static void forward_along(const Item& item, int64_t start, int64_t count) {
   float* row = p.scratch;
   for (int64_t c = 0; c < item.channels; ++c) {
     const int64_t channel = item.channel + c;
-    if (start > 0) {
+    const float* known = row;
+    if (start > 0 && p.x.elements.dtype == DType::kFloat32) {
+      known = static_cast<const float*>(p.x.at(item.batch, channel, start - kBefore).data);
+    } else if (start > 0) {
       load_row(row, p.x.at(item.batch, channel, start - kBefore), 1, count + kBefore);
     } else {
       std::memset(row, 0, kBefore * sizeof(float));
@@ -73,11 +82,19 @@ static void forward_along(const Item& item, int64_t start, int64_t count) {
     for (int j = 0; j < kTaps; ++j) taps[j] = splat(item.filter.taps[j][c]);
     const Vec bias = splat(item.filter.bias[c]);
     with_type(p.y.at(item.batch, channel, start), [&](auto* y) {
-      for (int64_t l = 0; l < count; l += kLanes) {
-        Vec s = bias;
-        for (int j = 0; j < kTaps; ++j) s += taps[j] * load(row + l + j);
-        store_some(y + l, p.filter.silu ? silu(s) : s, count - l < kLanes ? count - l : kLanes);
-      }
+      const auto vectors = [&](auto together, int64_t l, int64_t some) ALWAYS_INLINE {
+        Pack<together> s;
+        for (int i = 0; i < together; ++i) {
+          s.v[i] = bias;
+          for (int j = 0; j < kTaps; ++j) s.v[i] += taps[j] * load_some(known + l + i * kLanes + j, some);
+        }
+        if (p.filter.silu) s = silu(s);
+        for (int i = 0; i < together; ++i) store_some(y + l + i * kLanes, s.v[i], some);
+      };
+      int64_t l = 0;
+      for (; l + 4 * kLanes <= count; l += 4 * kLanes) vectors(std::integral_constant<int, 4>{}, l, kLanes);
+      for (; l < count; l += kLanes)
+        vectors(std::integral_constant<int, 1>{}, l, count - l < kLanes ? count - l : kLanes);
     });
   }
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import test_ops
+import test_updates
 import torch
 import torch.nn.functional as F
 from test_ops import LAYOUTS, SMALL, TYPICAL, differentiate
@@ -96,6 +97,15 @@ def test_kernels_are_loaded():
 @on_forced
 def test_forward_and_gradients(backend, case, dtype, layout):
     test_ops.check_against_truth(case, dtype, layout, DEVICE)
+
+
+@all_layouts
+@all_dtypes
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", test_updates.STEPS, ids=str)
+@on_forced
+def test_steps_in_place(backend, step, dtype, layout):
+    test_updates.check_step(step, dtype, layout, device=DEVICE)
 
 
 @needs_gpu

@@ -35,10 +35,17 @@ class Step:
     def __str__(self) -> str:
         return f"{self.op}[{self.name}]"
 
-    def make(self, dtype: torch.dtype = torch.float32, layout: str = "channels_first", wide: bool = False) -> dict:
+    def make(
+        self,
+        dtype: torch.dtype = torch.float32,
+        layout: str = "channels_first",
+        wide: bool = False,
+        device: str = "cpu",
+    ) -> dict:
         generator = torch.Generator().manual_seed(0)
-        made: dict = {name: a.make(dtype, layout, "cpu", generator) for name, a in self.arguments.items()}
-        made |= {n: torch.tensor(i, dtype=torch.int64 if wide else torch.int32) for n, i in self.indices.items()}
+        made: dict = {name: a.make(dtype, layout, device, generator) for name, a in self.arguments.items()}
+        kind = torch.int64 if wide else torch.int32
+        made |= {name: torch.tensor(index, dtype=kind, device=device) for name, index in self.indices.items()}
         return made | self.options
 
     def run(self, arguments: dict) -> tuple[Tensor, Tensor]:
@@ -120,7 +127,11 @@ def reference(step: Step, arguments: dict, exact: bool) -> tuple[Tensor, Tensor]
 def test_result_and_state(step, dtype, layout, wide, instruction_set):
     if wide and not step.indices:
         pytest.skip("has no indices")
-    arguments = step.make(dtype, layout, wide)
+    check_step(step, dtype, layout, wide)
+
+
+def check_step(step: Step, dtype: torch.dtype, layout: str, wide: bool = False, device: str = "cpu") -> None:
+    arguments = step.make(dtype, layout, wide, device)
     exact, plain = reference(step, arguments, True), reference(step, arguments, False)
     before = map_tensors(Tensor.clone, arguments)
     actual = step.run(arguments)

@@ -86,19 +86,6 @@ def _check_scans(op: str, scans: int) -> None:
         raise ValueError(f"{op}: scans must be 0 (cross), 1 (in one direction) or 2 (in both); got {scans!r}")
 
 
-def _turn(path: Tensor, height: int, width: int, k: int, scans: int) -> Tensor:
-    """Bring path k of images, (batch, C, L) in row-major order, into its own order."""
-    if scans == 0 and k % 2:
-        path = path.unflatten(-1, (height, width)).mT.flatten(2)
-    return path.flip(-1) if scans != 1 and k >= 2 else path
-
-
-def _turn_back(path: Tensor, height: int, width: int, k: int, scans: int) -> Tensor:
-    """Undo :func:`_turn`."""
-    path = path.flip(-1) if scans != 1 and k >= 2 else path
-    return path.unflatten(-1, (width, height)).mT.flatten(2) if scans == 0 and k % 2 else path
-
-
 def cross_scan_fn(
     x: Tensor,
     in_channel_first: bool = True,
@@ -135,9 +122,15 @@ def cross_scan_fn(
     else:
         check_dims(op, "x", x, "batch, C, H, W" if in_channel_first else "batch, H, W, C")
         maps = (x if in_channel_first else x.permute(0, 3, 1, 2),) * 4
-    height, width = maps[0].shape[2:]
-    paths = [_turn(image.flatten(2), height, width, k, scans) for k, image in enumerate(maps)]
-    return torch.stack(paths, 1) if out_channel_first else torch.stack([path.mT for path in paths], 2)
+    batch, channels, height, width = maps[0].shape
+    shape = (batch, 4, channels, height * width) if out_channel_first else (batch, height * width, 4, channels)
+    y = x.new_empty(shape)
+    sequences = y if out_channel_first else y.permute(0, 2, 3, 1)
+    for k, image in enumerate(maps):
+        path = image.mT if scans == 0 and k % 2 else image
+        place = sequences[:, k].unflatten(-1, path.shape[2:])
+        place.copy_(path.flip(-2, -1) if scans != 1 and k >= 2 else path)
+    return y
 
 
 def cross_merge_fn(
@@ -173,10 +166,17 @@ def cross_merge_fn(
     if sequences.shape[1] != 4:
         raise ValueError(f"{op}: y must hold 4 sequences; got {sequences.shape[1]}")
     height, width = sequences.shape[3:]
-    paths = [_turn_back(p, height, width, k, scans) for k, p in enumerate(sequences.flatten(3).unbind(1))]
+    sequences = sequences.flatten(3)
+
+    def images(paths: Tensor, k: int) -> Tensor:
+        return paths.unflatten(-1, (width, height)).mT if scans == 0 and k % 2 else paths.unflatten(-1, (height, width))
+
+    backwards = sequences[:, 2:] if scans == 1 else sequences[:, 2:].flip(-1)
     if one_by_one:
+        paths = [images(p, k).flatten(2) for k, p in enumerate((*sequences[:, :2].unbind(1), *backwards.unbind(1)))]
         return torch.stack(paths, 1) if in_channel_first else torch.stack([path.mT for path in paths], 2)
-    merged = (paths[0] + paths[2]) + (paths[1] + paths[3])
+    both = sequences[:, :2] + backwards
+    merged = (images(both[:, 0], 0) + images(both[:, 1], 1)).flatten(2)
     return merged.contiguous() if in_channel_first else merged.mT.contiguous()
 
 

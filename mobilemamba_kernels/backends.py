@@ -104,22 +104,38 @@ def run_update(
     implementations: dict[str, Callable[..., Any]],
     check: Callable[..., None],
     tensors: tuple[Tensor | None, ...],
+    changed: Tensor,
     args: tuple[Any, ...],
 ) -> Any:
-    """Run an operator that changes an argument in place; ``check(*args)`` raises what is wrong with a call.
+    """Run an operator that changes ``changed``, one of ``args``, in place; ``check(*args)`` raises what is wrong.
 
     The CPU's kernel refuses, before it writes, what it cannot read, so it is asked first: the checks take longer than a
     step. The reference, which is differentiable, runs where a gradient is wanted.
     """
     wants_gradient = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
-    if "cpu" in implementations and _forced is None and not wants_gradient and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    refusal: Exception | None = None
+    if "cpu" in implementations and _forced is None and not wants_gradient and not compiling:
         try:
             if tensors[0].device.type == "cpu":  # type: ignore[union-attr]
-                return implementations["cpu"](*args)
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
-            pass  # it has changed nothing: let the checks say what is wrong, or another backend run
+                result = implementations["cpu"](*args)
+                torch.autograd.graph.increment_version(changed)
+                return result
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+            refusal = error  # let the checks say what is wrong, or another backend run
     check(*args)
-    return implementations["reference" if wants_gradient else choose(op, *tensors)](*args)
+    if wants_gradient and _forced not in (None, "reference"):
+        raise RuntimeError(
+            f'{op}: backend "{_forced}" is forced but cannot run this call: the kernels of a step have no gradient; '
+            "call it within torch.no_grad()"
+        )
+    backend = "reference" if wants_gradient else choose(op, *tensors)
+    if refusal is not None and backend == "cpu":
+        raise refusal
+    result = implementations[backend](*args)
+    if backend != "reference" and not compiling:
+        torch.autograd.graph.increment_version(changed)
+    return result
 
 
 def implementations(op: str) -> dict[str, Callable[..., Any]]:

@@ -282,6 +282,17 @@ def test_a_package_that_is_not_installed_is_made(target, name):
         importlib.import_module(interface)
 
 
+def test_targets_share_what_is_made():
+    for first, second in (("mamba_ssm", "vmamba"), ("vim", "mamba_ssm")):
+        patch(first)
+        patch(second)
+        assert importlib.import_module("mamba_ssm.ops.selective_scan_interface").mamba_inner_fn_no_out_proj
+        unpatch(first)
+        assert importlib.import_module("selective_scan_cuda") is vmamba.selective_scan_cuda
+        unpatch(second)
+        assert importlib.util.find_spec("selective_scan_cuda") is None
+
+
 def test_threads_that_patch_and_unpatch_leave_nothing(installed):
     theirs = installed["network"].scan
 
@@ -315,6 +326,8 @@ def test_vmamba_functions_and_extensions(monkeypatch):
         assert csm.cross_scan_fn is network.cross_scan_fn
         assert sys.modules["other"].selective_scan_fn is other
         assert importlib.import_module("selective_scan_cuda_oflex").fwd
+        assert network.cross_scan_fn(x, scans=3) is None
+        assert network.cross_scan_fn(x, True, True, False, 3) is None
     assert network.cross_scan_fn(x) is None
     assert "selective_scan_cuda_oflex" not in sys.modules
 
@@ -382,8 +395,12 @@ def test_wtconv_layers_that_exist(monkeypatch):
         def forward(self, x):
             return "theirs"
 
+    class Inherited(Original):
+        pass
+
     module = imported(monkeypatch, "wtconv", "")
     module.WTConv2d = Original
+    imported(monkeypatch, "another_wtconv", "").WTConv2d = Inherited
     layer = Original(3, 3)
     x = torch.randn(1, 3, 9, 8)
     with patched("wtconv"):

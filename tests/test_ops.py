@@ -452,6 +452,18 @@ def test_long_sequences_of_few_channels_are_divided_among_threads(state, has, la
             assert_close(result, exact[i], plain[i], f"result {i} of {threads} threads")
 
 
+def test_a_product_of_decays_may_overflow(restore_threads):
+    """Where no state passes it."""
+    torch.set_num_threads(2)
+    case = BUILDERS["selective_scan_fn"](1, 3, 20000, 1)
+    arguments = case.make()
+    arguments["A"] = arguments["A"].abs()
+    arguments["u"][..., :6000] = 0
+    arguments["delta"][..., 6000:] = 0
+    for result, expected in zip(case.run(arguments), reference(case, arguments), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
 def test_an_infinite_state_crosses_the_seams(restore_threads):
     torch.set_num_threads(2)
     case = BUILDERS["selective_scan_fn"](1, 3, 20000, 1)

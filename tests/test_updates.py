@@ -156,6 +156,7 @@ def test_only_the_state_is_written(step, layout):
     assert (room[outside] == 7).all()
 
 
+@pytest.mark.skipif(forced_backend() not in (None, "reference"), reason="a step's kernels have no gradient")
 @typical_steps
 def test_gradients(step):
     """Where they are wanted the reference runs, through the change of the state too."""
@@ -257,7 +258,7 @@ def test_mamba_2_shares_the_decay():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_values_stay_in_their_channel(value):
-    for step in TYPICAL:
+    for step in (*TYPICAL, scan(2, 9, 1, has="Db"), scan(1, 5, 3), scan(1, 5, 17, has="z")):
         arguments = step.make()
         arguments["x"][0, ..., 0] = value
         exact, plain = reference(step, arguments, True), reference(step, arguments, False)
@@ -298,6 +299,10 @@ CONV, SCAN, HEADS = STEPS[1], STEPS[11], STEPS[14]
         (SCAN, {"state_batch_indices": [0, 1]}, TypeError, "state_batch_indices must be a tensor; got list"),
         (SCAN, {"dt": torch.ones(2, 37, device="meta")}, ValueError, "dt is on meta but x is on cpu"),
         (HEADS, {"B": torch.ones(2, 3, 16), "C": torch.ones(2, 3, 16)}, ValueError, "4 heads, 3 groups"),
+        (CONV, {"bias": torch.ones(37, 2)}, ValueError, r"bias must have shape \(dim\) = \(37,\)"),
+        (CONV, {"conv_state": torch.ones(1, 37, 3).expand(2, 37, 3)}, ValueError, "conv_state is expanded"),
+        (SCAN, {"state": torch.ones(37, 1).expand(2, 37, 16)}, ValueError, "state is expanded"),
+        (SCAN, {"C": None}, TypeError, "C must be a tensor; got NoneType"),
         (HEADS, {"D": torch.ones(5)}, ValueError, r"D must have shape \(heads, dim\) = \(4, 5\)"),
     ],
 )
@@ -309,3 +314,31 @@ def test_bad_input_gets_a_sentence_and_changes_nothing(step, changes, error, sen
     assert str(caught.value).startswith(step.op)
     assert "\n" not in str(caught.value)
     assert torch.equal(arguments[step.changed], state)
+
+
+@typical_steps
+def test_autograd_notices_the_change(step):
+    arguments = step.make()
+    weight = torch.ones_like(arguments[step.changed], requires_grad=True)
+    product = (arguments[step.changed] * weight).sum()
+    step.run(arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.skipif(forced_backend() is not None, reason="forces one itself")
+@typical_steps
+def test_a_forced_kernel_refuses_to_be_differentiated(step):
+    arguments = step.make()
+    arguments["x"].requires_grad_()
+    state = arguments[step.changed].clone()
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"the kernels of a step have no gradient.*no_grad"):
+        step.run(arguments)
+    assert torch.equal(arguments[step.changed], state)
+
+
+def test_one_group_of_no_heads():
+    arguments = SCAN.make()
+    expected = SCAN.run(map_tensors(Tensor.clone, arguments))
+    for found, right in zip(SCAN.run(arguments | {n: arguments[n].unsqueeze(1) for n in "BC"}), expected, strict=True):
+        assert torch.equal(found, right)

@@ -22,6 +22,7 @@ inline CausalFilter filter_of(const Tensor& weight, const std::optional<Tensor>&
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 2 && weight.size(1) <= kMostTaps,
                   "mobilemamba: weight must have shape (dim, 2 to 4)");
   check_size(weight, 0, dim);
+  STD_TORCH_CHECK(!bias || bias->dim() == 1, "mobilemamba: bias must have one dimension");
   if (bias) check_size(*bias, 0, dim);
   return {weight.size(1),
           silu,

@@ -22,6 +22,7 @@ Tensor update(Tensor x, Tensor state, Tensor weight, std::optional<Tensor> bias,
   check_size(state, 1, p.dim);
   STD_TORCH_CHECK(p.kept >= p.filter.width - 1, "mobilemamba: conv_state must keep at least W - 1 positions, got ",
                   p.kept);
+  check_dense("causal_conv1d_update", "conv_state", state);
   check_rows("causal_conv1d_update", "conv_state_indices", p.rows, p.batch, state.size(0));
   Tensor y = torch::stable::empty_like(x);
   p.y = steps_of(y);

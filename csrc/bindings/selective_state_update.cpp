@@ -49,6 +49,7 @@ Tensor update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, s
   check_sizes(B, {p.batch, groups, p.state}), check_sizes(C, {p.batch, groups, p.state});
   p.rows = indices_of(state_batch_indices, 1, p.batch);
   if (!p.rows) check_size(state, 0, p.batch);
+  check_dense("selective_state_update", "state", state);
   check_rows("selective_state_update", "state_batch_indices", p.rows, p.batch, state.size(0));
   p.softplus = softplus;
   Tensor y = torch::stable::empty_like(x);

@@ -82,6 +82,13 @@ inline void check_rows([[maybe_unused]] const char* op, [[maybe_unused]] const c
 #endif
 }
 
+// Checks that a tensor that is changed has every element once.
+inline void check_dense(const char* op, const char* name, const Tensor& t) {
+  for (int64_t i = 0; i < t.dim(); ++i)
+    STD_TORCH_CHECK(t.stride(i) != 0 || t.size(i) <= 1, op, ": ", name,
+                    " is expanded, so it cannot be changed in place");
+}
+
 // The elements of a small parameter in row-major order, as float32.
 inline std::vector<float> values(const Tensor& t) {
   const bool ready = t.scalar_type() == ScalarType::Float && t.is_contiguous();  // converting takes microseconds

@@ -107,14 +107,15 @@ static void fold_segment(const SelectiveScanParams& p, const Block& x, const Sca
   }
 }
 
-// The states that enter a segment. An infinite one stays: the product underflows before its factors do.
+// The states that enter a segment. An infinite one and zero stay: the product underflows, or overflows where decays are
+// above 1, before its factors do.
 static void enter_segment(const SelectiveScanParams& p, float* states, int64_t item, int64_t index) {
   std::memset(states, 0, p.state * kLanes * sizeof(float));
   for (int64_t i = 0; i < index; ++i) {
     const float* fold = fold_of(p, item, i);
     for (int64_t n = 0; n < p.state; ++n, fold += 2 * kLanes) {
       const Vec h = load(states + n * kLanes);
-      store(states + n * kLanes, select(h - h == 0.0f, h * load(fold), h) + load(fold + kLanes));
+      store(states + n * kLanes, select((h - h == 0.0f) & (h != 0.0f), h * load(fold), h) + load(fold + kLanes));
     }
   }
 }

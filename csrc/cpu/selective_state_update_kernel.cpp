@@ -79,6 +79,10 @@ static void update(const Item& item) {
   const float *b = item.rows(p.B, item.batch, group, 0, 0).get(0), *c = item.rows(p.C, item.batch, group, 0, 1).get(0);
   const StateRows states = item.rows(p.states, row, item.head, item.channel, 2),
                   rates = item.rows(p.A, 0, item.head, item.channel, 3);
+  // Lanes behind the last state hold 0 · infinity where the drive is infinite.
+  float held[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) held[lane] = (p.state - 1) % kLanes >= lane ? 1.0f : 0.0f;
+  const IntVec exists = load(held) != 0.0f;
   const auto advance = [&](auto vectors, auto one_decay) ALWAYS_INLINE {
     item.blocks([&](int64_t first, int64_t some) ALWAYS_INLINE {
       Vec of_channel[kLanes] = {};
@@ -95,7 +99,8 @@ static void update(const Item& item) {
             const int64_t at = n + v * kLanes;
             const Vec after = decay.v[v] * load(h + at) + load(b + at) * drive;
             store(h + at, after);
-            sum += after * load(c + at);
+            const Vec product = after * load(c + at);
+            sum += vectors == 1 && at + kLanes > p.state ? select(exists, product, Vec{}) : product;
           }
         }
         of_channel[i] = sum;

@@ -34,7 +34,12 @@ class _Change:
 
     def __init__(self, owner: Any, name: str, new: Any) -> None:
         self.owner, self.name, self.new = owner, name, new
-        self.old = owner.get(name, _ABSENT) if owner is sys.modules else vars(owner).get(name, _ABSENT)
+        self.old = (owner if owner is sys.modules else vars(owner)).get(name, _ABSENT)
+        if owner is sys.modules and self.old is new:  # made for another target
+            self.old = _ABSENT
+
+    def is_like(self, other: _Change) -> bool:
+        return (self.owner, self.name) == (other.owner, other.name) and self.new is other.new
 
     def __str__(self) -> str:
         if self.owner is sys.modules:
@@ -92,6 +97,7 @@ def patch(target: str) -> dict[str, Any]:
         raise ValueError(f"patch: target must be one of {', '.join(_FINDERS)}; got {target!r}")
     with _lock:
         found = list(_FINDERS[target]())
+        found = [change for change in found if not any(map(change.is_like, _changed.get(target, ())))]
         for change in found:
             change.do()
         _changed.setdefault(target, []).extend(found)
@@ -101,6 +107,8 @@ def patch(target: str) -> dict[str, Any]:
 def unpatch(target: str | None = None) -> None:
     """Put back what :func:`patch` replaced; for every target when None. Without a patch it does nothing.
 
+    What was imported meanwhile, with the help of a module that patching made, keeps the functions of that module.
+
     Raises:
         ValueError: no such target.
     """
@@ -108,9 +116,11 @@ def unpatch(target: str | None = None) -> None:
         raise ValueError(f"unpatch: target must be None or one of {', '.join(_FINDERS)}; got {target!r}")
     with _lock:
         for name in [target] if target else list(_changed):
+            kept = [change for changes in _changed.values() for change in changes]
             changes = _changed.pop(name, [])
             for change in reversed(changes):
-                change.undo()
+                if sum(map(change.is_like, kept)) == 1:  # and no other target's too
+                    change.undo()
             _put_back(changes)
 
 
@@ -118,7 +128,7 @@ def unpatch(target: str | None = None) -> None:
 def patched(target: str) -> Iterator[dict[str, Any]]:
     """Patch within a ``with`` block, until every thread has left such a block.
 
-    What was patched before the first of them stays so behind the last.
+    What was patched before the first of them stays so behind the last; a ``patch`` within ends with the block.
     """
     with _lock:
         already = target in _changed and not _blocks[target]
@@ -206,9 +216,9 @@ def _functions(ours: _Candidates, *modules: ModuleType, only: dict[str, _Functio
                 yield _Change(other, key, new[id(value)])
 
 
-def _new_modules(contents: dict[str, dict[str, Any]]) -> Iterator[_Change]:
-    """Make modules of these names; those that contain others are packages."""
-    made = {}
+def _make_modules(contents: dict[str, dict[str, Any]]) -> dict[str, ModuleType]:
+    """Modules of these names; those that contain others are packages."""
+    made: dict[str, ModuleType] = {}
     for name, attributes in contents.items():
         module = made[name] = ModuleType(name, "Made by mobilemamba_kernels.patch.")
         vars(module).update(attributes)
@@ -219,19 +229,20 @@ def _new_modules(contents: dict[str, dict[str, Any]]) -> Iterator[_Change]:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(made[parent], child, module)
-        yield _Change(sys.modules, name, module)
+    return made
 
 
 def _is_installed(name: str) -> bool:
-    return name in sys.modules or importlib.util.find_spec(name) is not None
+    """Whether there is a package of that name, other than the one that is made here."""
+    if name in sys.modules:
+        return sys.modules[name] is not _MADE.get(name)
+    return importlib.util.find_spec(name) is not None
 
 
-def _extensions(*names: str) -> Iterator[_Change]:
-    for name in names:
-        if not _is_installed(name):
-            module = getattr(vmamba, name)
-            module.__spec__ = ModuleSpec(name, None)
-            yield _Change(sys.modules, name, module)
+def _provide(*names: str) -> list[_Change]:
+    """Packages and modules of these names where there are none."""
+    missing = [name for name in names if not _is_installed(name)]
+    return [_Change(sys.modules, name, m) for name, m in _MADE.items() if name.split(".")[0] in missing]
 
 
 def _in_transformers() -> Iterator[_Change]:
@@ -253,39 +264,53 @@ def _serves_update(hidden_states: Any, conv_state: Any, weight: Any, bias: Any =
     return transformers.serves(weight, activation)
 
 
+def _serves_scans(  # some copies of VMamba have other paths than these
+    x: Any, in_first: bool = True, out_first: bool = True, one_by_one: bool = False, scans: int = 0, *_: Any, **__: Any
+) -> bool:
+    return scans in (0, 1, 2)
+
+
 _CONV: _Candidates = {name: (getattr(causal_conv1d, name),) for name in causal_conv1d.__all__}
 _SCAN: _Candidates = {name: (getattr(mamba_ssm, name),) for name in ("selective_scan_fn", "mamba_inner_fn")}
 _STEP: _Candidates = {"selective_state_update": (mamba_ssm.selective_state_update,)}
 _VIM: _Candidates = {name: (getattr(vim, name),) for name in ("mamba_inner_fn_no_out_proj", "bimamba_inner_fn")}
 
 
+_INTERFACE, _UPDATE = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.selective_state_update"
+
+
+def _first(candidates: _Candidates) -> dict[str, _Function]:
+    return {name: functions[0] for name, functions in candidates.items()}
+
+
+_MADE = _make_modules(
+    {
+        "causal_conv1d": _first(_CONV),
+        "causal_conv1d.causal_conv1d_interface": _first(_CONV),
+        "mamba_ssm": _first(_SCAN),
+        "mamba_ssm.ops": {},
+        _INTERFACE: _first(_SCAN | _VIM),
+        "mamba_ssm.ops.triton": {},
+        _UPDATE: _first(_STEP),
+        "wtconv": {"WTConv2d": wtconv.WTConv2d},
+        "wtconv.wtconv2d": {"WTConv2d": wtconv.WTConv2d},
+    }
+)
+_EXTENSIONS = ("selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")
+for _name in _EXTENSIONS:
+    _MADE[_name] = getattr(vmamba, _name)
+    _MADE[_name].__spec__ = ModuleSpec(_name, None)
+
+
 def _in_mamba_ssm(scan: _Candidates = _SCAN, conv: _Candidates = _CONV) -> Iterator[_Change]:
-    interface, step = "mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.selective_state_update"
-    first = lambda ours: {name: candidates[0] for name, candidates in ours.items()}  # noqa: E731
-    before = [*_extensions("selective_scan_cuda")]
-    if not _is_installed("causal_conv1d"):
-        before += _new_modules({"causal_conv1d": first(conv), "causal_conv1d.causal_conv1d_interface": first(conv)})
-    elif not _made("causal_conv1d"):
-        before += _functions(conv, importlib.import_module("causal_conv1d"))
-    if not _is_installed("mamba_ssm"):
-        before += _new_modules(
-            {
-                "mamba_ssm": first(scan),
-                "mamba_ssm.ops": {},
-                interface: first(scan),
-                "mamba_ssm.ops.triton": {},
-                step: first(_STEP),
-            }
-        )
-    elif not _made("mamba_ssm"):
-        with _temporarily(before):
-            for module, ours in ((interface, scan), (step, _STEP)):
-                before += _functions(ours, importlib.import_module(module))
-    yield from before
-
-
-def _made(name: str) -> bool:
-    return (sys.modules[name].__doc__ or "").startswith("Made by") if name in sys.modules else False
+    found = _provide("selective_scan_cuda", "causal_conv1d", "mamba_ssm")
+    if _is_installed("causal_conv1d"):
+        found += _functions(conv, importlib.import_module("causal_conv1d"))
+    if _is_installed("mamba_ssm"):
+        with _temporarily(found):
+            for module, ours in ((_INTERFACE, scan), (_UPDATE, _STEP)):
+                found += _functions(ours, importlib.import_module(module))
+    yield from found
 
 
 @contextmanager
@@ -311,15 +336,14 @@ def _in_vmamba() -> Iterator[_Change]:
         theirs = {name: vars(module)[name] for name in ours if inspect.isfunction(vars(module).get(name))}
         own = {name: function for name, function in theirs.items() if function.__module__ == module.__name__}
         if "cross_scan_fn" in own or ("selective_scan_fn" in own and "oflex" in _parameters(own["selective_scan_fn"])):
-            yield from _functions({name: ours[name] for name in own}, module)
-    yield from _extensions("selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")
+            only = {name: _serves_scans for name in own if name != "selective_scan_fn"}
+            yield from _functions({name: ours[name] for name in own}, module, only=only)
+    yield from _provide(*_EXTENSIONS)
 
 
 def _in_wtconv() -> Iterator[_Change]:
-    if not _is_installed("wtconv"):
-        ours = {"WTConv2d": wtconv.WTConv2d}
-        yield from _new_modules({"wtconv": ours, "wtconv.wtconv2d": ours})
-    elif not _made("wtconv"):
+    yield from _provide("wtconv")
+    if _is_installed("wtconv"):
         importlib.import_module("wtconv")
 
     def haar(module: Any, x: Any) -> bool:
@@ -327,8 +351,9 @@ def _in_wtconv() -> Iterator[_Change]:
 
     classes: set[Any] = {vars(module)["WTConv2d"] for module in _modules() if "WTConv2d" in vars(module)}
     for theirs in classes - {wtconv.WTConv2d}:
-        if inspect.isclass(theirs) and not _is_ours(getattr(theirs, "forward", None)):
-            yield _Change(theirs, "forward", _replacement(vars(theirs)["forward"], wtconv.WTConv2d.forward, only=haar))
+        forward = getattr(theirs, "forward", None)
+        if inspect.isclass(theirs) and forward is not None and not _is_ours(forward):
+            yield _Change(theirs, "forward", _replacement(forward, wtconv.WTConv2d.forward, only=haar))
 
 
 _FINDERS: dict[str, Callable[[], Iterator[_Change]]] = {

@@ -73,6 +73,19 @@ def check_indices(op: str, name: str, index: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} is on {index.device} but x is on {like.device}; move both to one device")
 
 
+def check_changeable(op: str, name: str, tensor: Tensor) -> None:
+    """Check that ``tensor``, which is changed in place, is not expanded.
+
+    Raises:
+        ValueError: several of its elements are one in memory.
+    """
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(
+            f"{op}: {name} is expanded (strides {tuple(tensor.stride())}), so it cannot be changed in place; "
+            f"call {name}.clone() first"
+        )
+
+
 def check_rows(op: str, name: str, index: Tensor | None, rows: int) -> None:
     """Check that ``index`` names rows that exist; a GPU's is not looked at, which would wait for it.
 

@@ -10,6 +10,7 @@ from mobilemamba_kernels._library import define_update
 from mobilemamba_kernels.backends import run_update
 from mobilemamba_kernels.ops._checks import (
     accumulate_dtype,
+    check_changeable,
     check_dims,
     check_indices,
     check_rows,
@@ -54,7 +55,7 @@ def causal_conv1d_update(
     """
     check_activation("causal_conv1d_update", activation)
     args = (x, conv_state, weight, bias, activation is not None, cache_seqlens, conv_state_indices)
-    return run_update("causal_conv1d_update", _run, _check, (x, conv_state, weight, bias), args)
+    return run_update("causal_conv1d_update", _run, _check, (x, conv_state, weight, bias), conv_state, args)
 
 
 def _check(
@@ -83,6 +84,7 @@ def _check(
         if index is not None:
             check_indices(op, name, index, x)
             check_shape(op, name, index, (batch,), "batch")
+    check_changeable(op, "conv_state", conv_state)
     check_rows(op, "conv_state_indices", conv_state_indices, rows)
 
 

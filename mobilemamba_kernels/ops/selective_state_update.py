@@ -10,6 +10,7 @@ from mobilemamba_kernels._library import define_update
 from mobilemamba_kernels.backends import run_update
 from mobilemamba_kernels.ops._checks import (
     accumulate_dtype,
+    check_changeable,
     check_indices,
     check_rows,
     check_shape,
@@ -56,10 +57,10 @@ def selective_state_update(
         TypeError: an argument is no real floating-point tensor, or an index no integer.
         ValueError: shapes or devices do not fit together, or (on a CPU) a row of ``state`` does not exist.
     """
-    if getattr(state, "ndim", 0) == 3 and getattr(B, "ndim", 0) == 3:  # one group, of no heads
-        B, C = B.squeeze(1), C.squeeze(1)
+    if getattr(state, "ndim", 0) == 3:  # one group, of no heads
+        B, C = (t.squeeze(1) if getattr(t, "ndim", 0) == 3 else t for t in (B, C))
     args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
-    return run_update("selective_state_update", _run, _check, (x, state, dt, A, B, C, D, z, dt_bias), args)
+    return run_update("selective_state_update", _run, _check, (x, state, dt, A, B, C, D, z, dt_bias), state, args)
 
 
 def _check(
@@ -106,6 +107,7 @@ def _check(
     if state_batch_indices is not None:
         check_indices(op, "state_batch_indices", state_batch_indices, x)
         check_shape(op, "state_batch_indices", state_batch_indices, (batch,), "batch")
+    check_changeable(op, "state", state)
     check_rows(op, "state_batch_indices", state_batch_indices, state.shape[0])
 
 

@@ -55,7 +55,9 @@ INLINE Vec scan_tile(Rows y, Rows dt, Rows u, Vec a, Coefficient b, Coefficient 
     for (int i = 0; i < together; ++i, l += step) {
       const Vec input = u.get(l);
       if (!kDriven) u.prefetch(l + step * kPrefetch);
-      h = decay.v[i] * h + (kDriven ? input : dt.get(l) * input) * b[l];
+      // Held, lest the compiler fuse this product with the sum and leave two operations in the chain through h.
+      const Vec inflow = held((kDriven ? input : dt.get(l) * input) * b[l]);
+      h = decay.v[i] * h + inflow;
       if (!kOutput) continue;
       if (!kDriven) y.prefetch(l + step * kPrefetch);
       Vec sum = kDriven || start.accumulates ? y.get(l) : Vec{};

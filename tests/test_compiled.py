@@ -29,7 +29,7 @@ def check(rows) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("file", ["haar", "ss2d_normalize", "selective_scan_bwd"])
+@pytest.mark.parametrize("file", ["haar", "ss2d_normalize", "state_update"])
 def test_cuda(file):
     check(compile_kernels.compile_cuda([90], file))
 

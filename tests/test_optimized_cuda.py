@@ -189,6 +189,7 @@ def test_in_the_interpreter(dtype):
     assert (result - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(bool(backends.TRITON_ERROR), reason="needs triton")
 @pytest.mark.skipif(INTERPRETED, reason="runs by itself")
 def test_in_an_interpreter():

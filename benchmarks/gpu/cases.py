@@ -80,6 +80,11 @@ def _taps(size: int, k: int, stride: int = 1, padding: int | None = None) -> int
     return sum(min(start + k, size) - max(start, 0) for start in starts)
 
 
+def _causal(shapes: dict[str, Any], options: Any) -> dict[str, float]:
+    elements, gated = prod(shapes["x"]), options["activation"] is not None
+    return {"operations": 2 * elements * shapes["weight"][-1], "exponentials": 2 * elements * gated}
+
+
 def _haar(shapes: dict[str, Any], options: Any) -> dict[str, float]:
     return {"operations": 2 * prod(shapes.get("x") or shapes["bands"])}
 
@@ -109,6 +114,7 @@ _FORWARD: dict[str, Any] = {
     "selective_scan_fn": _scan,
     "bidirectional_selective_scan": _scan,
     "ss2d_bidirectional": _ss2d,
+    "causal_conv1d_fn": _causal,
     "haar_dwt2d": _haar,
     "haar_idwt2d": _haar,
     "wavelet_depthwise_conv2d": _wavelet,

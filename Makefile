@@ -70,7 +70,7 @@ PART := ((forward_and_gradients and float32 and channels_last) or (forward_and_g
 	or (result_and_state and not True) or (opcheck and not everywhere) or non_finite or every_element) \
 	and not benchmark and not N256 and not 300
 SMALL := (forward_and_gradients or (result_and_state and not True)) \
-	and ((float32 and channels_last) or (bfloat16 and channels_first)) \
+	and ((float32 and channels_last) or (bfloat16 and channels_first and not scan and not ss2d and not wavelet)) \
 	and not benchmark and not N256 and not 300 and not 37x and not x37 and not levels
 SANITIZER :=
 runtime = $(shell $(CXX) -print-file-name=lib$1.so)

@@ -155,7 +155,7 @@ def test_an_engine_that_is_not_installed(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
 def test_profile(small, dtype):
     command = ["bench", "network", "--profile", "--model", "mobilemamba_t2", "--batch", "1", "--dtype", dtype]
     result = CliRunner().invoke(cli.main, [*command, "--json"])

@@ -3,7 +3,8 @@
 ## make test-full   every test
 ## make test-cuda   operators on the CUDA kernels, emulated on the CPU; SANITIZER=address,undefined or thread
 ## make test-triton operators on the Triton kernels, in its interpreter
-## make test-torch  one wheel, built against torch $(TORCH), tested on torch VERSION (newest, or for example 2.11.0)
+## make test-torch  one wheel, built against torch $(TORCH), tested on torch VERSION (newest, or for example 2.11.0);
+##                  TESTS files
 ## make sanitize    operators under AddressSanitizer and UBSan (gcc), FUZZ good and FUZZ bad calls an operator
 ## make bench       times of the operators beside plain PyTorch
 ## make lint        ruff, mypy, clang-format
@@ -18,6 +19,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH := 2.13.0
 VERSION ?= newest
+TESTS :=
 FUZZ ?= 2000
 
 help:
@@ -97,7 +99,7 @@ test-torch: wheel $(CHECK)/stamp
 	$(CHECK)/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl
 	$(call copy-tests,$(CHECK)/copy)
 	cd $(CHECK)/copy && ../bin/python $(WHICH)
-	cd $(CHECK)/copy && ../bin/python -m pytest
+	cd $(CHECK)/copy && ../bin/python -m pytest $(TESTS)
 
 # Preloaded, because python itself is not built with the sanitizers, and libstdc++ with them for their exception hooks.
 # Python and torch keep memory until the process ends, so leaks are not reported. A request for too much memory fails

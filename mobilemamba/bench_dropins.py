@@ -194,7 +194,7 @@ def _operators(s: Sizes) -> Iterator[Comparison]:
 
 def _vmamba(s: Sizes) -> Iterator[Comparison]:
     """SS2D's core: four directions across the map, as VMamba writes it."""
-    rank, length = max(1, s.channels // 16), s.side**2
+    rank = max(1, s.channels // 16)
     x = torch.randn(s.images, s.channels, s.side, s.side)
     x_proj = torch.randn(4, rank + 2, s.channels) / s.channels**0.5
     dt_proj = torch.randn(4, s.channels, rank) / rank**0.5
@@ -207,7 +207,7 @@ def _vmamba(s: Sizes) -> Iterator[Comparison]:
         dts = torch.einsum("bkrl,kdr->bkdl", dts, dt_proj)
         flat = (xs.flatten(1, 2), dts.flatten(1, 2), A, Bs.contiguous(), Cs.contiguous(), D, bias)
         ys = vmamba.selective_scan_fn(*flat)
-        return vmamba.cross_merge_fn(ys.view(s.images, 4, s.channels, s.side, s.side)).view(x.shape[0], -1, length)
+        return vmamba.cross_merge_fn(ys.view(s.images, 4, s.channels, s.side, s.side))
 
     def plain() -> Tensor:
         with use_backend("reference"):

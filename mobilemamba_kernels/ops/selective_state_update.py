@@ -98,8 +98,8 @@ def _check(
     check_shape(op, "A", A, (*channels, N), f"{names}, N")
     for name, tensor in (("D", D), ("dt_bias", dt_bias)):
         check_shape(op, name, tensor, tuple(channels), names)
-    groups = B.shape[1] if heads and B.ndim == 3 else 1
-    grouped = (groups,) if heads and B.ndim == 3 else ()
+    grouped = (B.shape[1],) if heads and B.ndim == 3 else ()
+    groups = grouped[0] if grouped else 1
     for name, tensor in (("B", B), ("C", C)):
         check_shape(op, name, tensor, (batch, *grouped, N), "batch, groups, N" if grouped else "batch, N")
     if heads and (groups == 0 or channels[0] % groups):

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-LAYERS = ("causal_conv1d_fn", "causal_conv1d_update", "selective_scan_fn", "selective_state_update")
+from mobilemamba_kernels.interop.hub import layers
+
+LAYERS = tuple(layers.__all__)
 PATH = Path(__file__).parent / "torch-universal"
 
 

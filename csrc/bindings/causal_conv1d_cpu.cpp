@@ -13,9 +13,9 @@ constexpr int64_t kOperations = 30;  // of a vector at one position
 }  // namespace
 
 void run_causal_conv1d(CausalConv1dParams& p, const Tensor&) {
-  const int64_t lanes = vector_lanes();
-  parallel(KERNEL(causal_conv1d_fwd), p, p.batch * ceil_div(p.length, kCausalChunk) * ceil_div(p.dim, lanes),
-           std::min(p.length, kCausalChunk) * kOperations, causal_conv1d_scratch(lanes));
+  const int64_t lanes = vector_lanes(), positions = causal_conv1d_item(p);
+  parallel(KERNEL(causal_conv1d_fwd), p, p.batch * ceil_div(p.length, positions) * ceil_div(p.dim, lanes),
+           std::min(p.length, positions) * kOperations, causal_conv1d_scratch(lanes));
 }
 
 FilterSums run_causal_conv1d_backward(CausalConv1dParams& p, const Tensor& like) {

@@ -54,12 +54,6 @@ struct Item {
   }
 };
 
-template <int kCount>
-INLINE Pack<kCount> silu(Pack<kCount> s) {
-  const Pack<kCount> power = s * -kLog2E, e = are_moderate(power) ? moderate_exp2(power) : exp2(power);
-  return each(s, e, [](Vec x, Vec exponential) { return x / (1.0f + exponential); });
-}
-
 // Where positions lie side by side lanes are positions, one channel after the other.
 template <int kTaps>
 static void forward_along(const Item& item, int64_t start, int64_t count) {
@@ -102,8 +96,7 @@ static void forward_along(const Item& item, int64_t start, int64_t count) {
 template <int kTaps>
 static void forward(const Item& item, int64_t start, int64_t count) {
   const CausalConv1dParams& p = item.p;
-  if (p.x.position == 1 && p.y.position == 1 && p.y.channel != 1 && !p.numbers)
-    return forward_along<kTaps>(item, start, count);
+  if (along_positions(p)) return forward_along<kTaps>(item, start, count);
   float* out = p.scratch + (kCausalChunk + kMostTaps - 1) * kLanes;
   const Rows rows = item.known(p.scratch, start, count);
   const Elements to = p.y.at(item.batch, item.channel, start);
@@ -170,12 +163,12 @@ static void backward(const Item& item) {
 
 // Items: batch × chunks of positions × blocks of channels.
 void causal_conv1d_fwd(const CausalConv1dParams& p, int64_t begin, int64_t end) {
-  const int64_t blocks = (p.dim + kLanes - 1) / kLanes, chunks = (p.length + kCausalChunk - 1) / kCausalChunk;
+  const int64_t positions = causal_conv1d_item(p), blocks = (p.dim + kLanes - 1) / kLanes;
+  const int64_t chunks = (p.length + positions - 1) / positions;
   for (int64_t i = begin; i < end; ++i) {
     const Item item(p, i / blocks / chunks, i % blocks);
-    const int64_t start = i / blocks % chunks * kCausalChunk, rest = p.length - start;
-    with_taps(p.filter.width,
-              [&](auto taps) { forward<taps>(item, start, rest < kCausalChunk ? rest : kCausalChunk); });
+    const int64_t start = i / blocks % chunks * positions, rest = p.length - start;
+    with_taps(p.filter.width, [&](auto taps) { forward<taps>(item, start, rest < positions ? rest : positions); });
   }
 }
 

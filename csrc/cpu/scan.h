@@ -71,6 +71,47 @@ INLINE Vec scan_tile(Rows y, Rows dt, Rows u, Vec a, Coefficient b, Coefficient 
   return h;
 }
 
+// Two states at once through a tile, as scan_tile<kOutput, true, kModerate> takes them one by one: what they share is
+// loaded once. B and C have a value a position.
+template <bool kOutput, bool kModerate>
+INLINE void scan_two(float* y, const float* dt, const float* drive, Vec (&a)[2], const Coefficient (&b)[2],
+                     const Coefficient (&c)[2], float* states, bool reverse, int64_t count) {
+  const int64_t first = reverse ? count - 1 : 0, step = reverse ? -1 : 1;
+  y += first * kLanes, dt += first * kLanes, drive += first * kLanes;
+  const float *b0 = b[0].values + first * b[0].step, *b1 = b[1].values + first * b[1].step;
+  const float *c0 = kOutput ? c[0].values + first * c[0].step : nullptr,
+              *c1 = kOutput ? c[1].values + first * c[1].step : nullptr;
+  const int64_t row = step * kLanes, b_step = step * b[0].step, c_step = step * c[0].step;
+  Vec h0 = load(states), h1 = load(states + kLanes);
+  const Vec a0 = a[0], a1 = a[1];
+  const auto positions = [&](auto together) ALWAYS_INLINE {
+    Pack<2 * together> decay;
+    for (int i = 0; i < together; ++i) {
+      const Vec steps = load(dt + i * row);
+      decay.v[2 * i] = steps * a0;
+      decay.v[2 * i + 1] = steps * a1;
+    }
+    decay = kModerate ? moderate_exp2(decay) : exp2(decay);
+    for (int i = 0; i < together; ++i) {
+      const Vec input = load(drive);
+      const Vec inflow0 = held(input * splat(*b0)), inflow1 = held(input * splat(*b1));
+      h0 = decay.v[2 * i] * h0 + inflow0;
+      h1 = decay.v[2 * i + 1] * h1 + inflow1;
+      if (kOutput) {
+        store(y, load(y) + splat(*c0) * h0 + splat(*c1) * h1);
+        y += row, c0 += c_step, c1 += c_step;
+      }
+      drive += row, b0 += b_step, b1 += b_step;
+    }
+    dt += together * row;
+  };
+  int64_t i = 0;
+  for (; i + kAhead <= count; i += kAhead) positions(std::integral_constant<int, kAhead>{});
+  for (; i < count; ++i) positions(std::integral_constant<int, 1>{});
+  store(states, h0);
+  store(states + kLanes, h1);
+}
+
 // One thread's tiles: scan_fwd_scratch floats.
 struct ScanScratch {
   float *u, *dt, *drive, *sums, *rows, *y, *up, *down;
@@ -101,10 +142,26 @@ static void scan_positions(Rows y, float* h, const ScanScratch& s, const Source&
       largest = size > largest ? size : largest;
       if (!driven) continue;
       const Vec input = u.get(l);
+      u.prefetch(l + kPrefetch);
       drive.set(l, dt.get(l) * input);
+      store(s.dt + l * kLanes, dt.get(l));
       if (kOutput) sums.set(l, first.skips ? first.skip * input : Vec{});
     }
-    for (int64_t n = 0; n < source.state; ++n) {
+    int64_t n = 0;
+    for (; driven && n + 2 <= source.state; n += 2) {
+      const Coefficient b[] = {source.B(s.rows, k, n, start, count),
+                               source.B(s.rows + kScanStatesTile, k, n + 1, start, count)};
+      const Coefficient none{}, c[] = {kOutput ? source.C(s.rows + 2 * kScanStatesTile, k, n, start, count) : none,
+                                       kOutput ? source.C(s.rows + 3 * kScanStatesTile, k, n + 1, start, count) : none};
+      if (!b[0].values || (kOutput && !c[0].values)) break;
+      Vec a[] = {source.A(k, n) * kLog2E, source.A(k, n + 1) * kLog2E};
+      const Vec most = magnitude(a[0]) > magnitude(a[1]) ? magnitude(a[0]) : magnitude(a[1]);
+      if (kHasModerate && all(reinterpret_cast<Vec>(largest) * most < kModerateExponent))
+        scan_two<kOutput, kHasModerate>(s.sums, s.dt, s.drive, a, b, c, h + n * kLanes, k == 1, count);
+      else
+        scan_two<kOutput, false>(s.sums, s.dt, s.drive, a, b, c, h + n * kLanes, k == 1, count);
+    }
+    for (; n < source.state; ++n) {
       const Coefficient b = source.B(s.rows, k, n, start, count);
       const Coefficient c = kOutput ? source.C(s.rows + kScanTile, k, n, start, count) : Coefficient{};
       const Vec a = source.A(k, n) * kLog2E;
@@ -123,7 +180,7 @@ static void scan_positions(Rows y, float* h, const ScanScratch& s, const Source&
                  : scan(std::false_type{}, std::false_type{});
     }
     for (int64_t l = 0; kOutput && driven && l < count; ++l)
-      out.set(l, first.accumulates ? out.get(l) + sums.get(l) : sums.get(l));
+      out.prefetch(l + kPrefetch), out.set(l, first.accumulates ? out.get(l) + sums.get(l) : sums.get(l));
   };
   each_tile(k, begin, end, scan_one_tile, driven ? kScanStatesTile : kScanTile);
 }

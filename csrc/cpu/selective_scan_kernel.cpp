@@ -131,7 +131,19 @@ static void forward_block(const SelectiveScanParams& p, const Block& x, const Sc
     if (p.z)
       each_tile(0, begin, begin + count, [&](int64_t start, int64_t some) {
         const Rows z = source.rows(s.u, p.z, 0, start, some);
-        for (int64_t l = 0; l < some; ++l) y.set(start - begin + l, y.get(start - begin + l) * silu(z.get(l)));
+        const Rows sums = {y[start - begin], y.step};
+        const auto gate = [&](auto together, int64_t l) {
+          Pack<together> of_z;
+          for (int i = 0; i < together; ++i) {
+            of_z.v[i] = z.get(l + i);
+            z.prefetch(l + i + kPrefetch);
+          }
+          of_z = silu(of_z);
+          for (int i = 0; i < together; ++i) sums.set(l + i, sums.get(l + i) * of_z.v[i]);
+        };
+        int64_t l = 0;
+        for (; l + kAhead <= some; l += kAhead) gate(std::integral_constant<int, kAhead>{}, l);
+        for (; l < some; ++l) gate(std::integral_constant<int, 1>{}, l);
       });
     if (!place.data) write(y.data, p.out, x, 0, begin, count);
   });

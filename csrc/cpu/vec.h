@@ -400,8 +400,7 @@ INLINE bool are_moderate(Pack<kCount> x) {
   for (int i = 1; i < kCount; ++i) mask &= magnitude(x.v[i]) < kModerateExponent;
   return all(mask);
 }
-INLINE Vec softplus(Vec x) {
-  const Vec t = exp2(magnitude(x) * -kLog2E);
+INLINE Vec softplus_of(Vec x, Vec t) {
   // log1p(t) / t, near-minimax on [0, 1], relative error 5e-9.
   Vec p = splat(-0.003243980929f);
   p = p * t + 0.01985126175f;
@@ -415,17 +414,25 @@ INLINE Vec softplus(Vec x) {
   p = p * t + 1.0f;
   return at_least(x, splat(0.0f)) + p * t;
 }
+INLINE Vec softplus(Vec x) { return softplus_of(x, exp2(magnitude(x) * -kLog2E)); }
 template <int kCount>
 INLINE Pack<kCount> exp2(Pack<kCount> x) {
   return each(x, [](Vec v) { return exp2(v); });
 }
 template <int kCount>
 INLINE Pack<kCount> softplus(Pack<kCount> x) {
-  return each(x, [](Vec v) { return softplus(v); });
+  const Pack<kCount> power = each(x, [](Vec v) { return magnitude(v) * -kLog2E; });
+  return each(x, are_moderate(power) ? moderate_exp2(power) : exp2(power),
+              [](Vec v, Vec t) { return softplus_of(v, t); });
 }
 #endif
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
 INLINE Vec silu(Vec x) { return x * sigmoid(x); }
+template <int kCount>
+INLINE Pack<kCount> silu(Pack<kCount> x) {
+  const Pack<kCount> power = x * -kLog2E, e = are_moderate(power) ? moderate_exp2(power) : exp2(power);
+  return each(x, e, [](Vec v, Vec exponential) { return v / (1.0f + exponential); });
+}
 
 template <int kStep, int... kLane>
 INLINE Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, kLane...>) {

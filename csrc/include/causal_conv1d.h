@@ -32,9 +32,21 @@ struct CausalConv1dParams {
   float* partial;                       // sums over the positions: float32 (batch, dim, width + 1), the bias last
 };
 
-constexpr int64_t kCausalChunk = 128;  // positions of an item or a tile
+// Whether the forward goes along the positions, one channel after the other.
+inline bool along_positions(const CausalConv1dParams& p) {
+  return p.x.position == 1 && p.y.position == 1 && p.y.channel != 1 && !p.numbers;
+}
 
-// Rows of inputs and of their gradients, each with the taps before them; of results.
-inline int64_t causal_conv1d_scratch(int64_t lanes) { return (3 * kCausalChunk + 2 * (kMostTaps - 1)) * lanes; }
+constexpr int64_t kCausalChunk = 128;      // positions of a tile
+constexpr int64_t kCausalRowChunk = 2048;  // of one channel: long, or the processor does not fetch ahead
+inline int64_t causal_conv1d_item(const CausalConv1dParams& p) {
+  return along_positions(p) ? kCausalRowChunk : kCausalChunk;
+}
+
+// Rows of inputs and of their gradients, each with the taps before them; of results. Or one channel's inputs.
+inline int64_t causal_conv1d_scratch(int64_t lanes) {
+  const int64_t tiles = (3 * kCausalChunk + 2 * (kMostTaps - 1)) * lanes, row = kCausalRowChunk + kMostTaps - 1;
+  return tiles > row ? tiles : row;
+}
 
 }  // namespace mobilemamba

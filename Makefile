@@ -17,7 +17,7 @@ SHELL := bash
 .PHONY: help build wheel demo test test-full test-cuda test-triton test-torch sanitize bench lint
 
 PYTHON ?= python3
-TORCH := 2.13.0
+TORCH := 2.14.1
 VERSION ?= newest
 TESTS :=
 FUZZ ?= 2000
@@ -35,7 +35,7 @@ DEV := .env-dev/bin/python
 	rm -rf .env-dev
 	$(PYTHON) -m venv .env-dev
 	$(DEV) -m pip install -q torch==$(TORCH) 'setuptools>=77' ninja
-	$(DEV) -m pip install -q --no-build-isolation -e '.[test,demo,lint,triton]'
+	$(DEV) -m pip install -q --no-build-isolation -e '.[test,train,demo,lint,triton]'
 	touch $@
 
 build: .env-dev/stamp

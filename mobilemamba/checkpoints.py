@@ -102,12 +102,13 @@ def save_checkpoint(model: MobileMamba, path: str | os.PathLike[str]) -> None:
         from safetensors.torch import save
 
         data = save(state, {_KEY: json.dumps(about)})
-        _write(Path(path), lambda file: file.write(data))
+        write_file(Path(path), lambda file: file.write(data))
     else:
-        _write(Path(path), lambda file: torch.save({"state_dict": state, _KEY: about}, file))
+        write_file(Path(path), lambda file: torch.save({"state_dict": state, _KEY: about}, file))
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Replace a file by what ``write`` puts into it, whole or not at all."""
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     # os.open and not tempfile: the file gets the permissions of the umask, not the owner's alone.

@@ -14,14 +14,16 @@ from typing import Any
 
 import click
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 import mobilemamba
+from mobilemamba.ablations import STUDIES
 from mobilemamba.bench_network import ENGINES
+from mobilemamba.predict import reason as _reason
 from mobilemamba.variants import VARIANTS
 from mobilemamba_kernels import __version__
 from mobilemamba_kernels.testing import CASES
@@ -155,6 +157,77 @@ def _device(name: str) -> torch.device:
     except Exception as error:  # PyTorch's backends also raise AssertionError and others of their own
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(name)
+
+
+@main.command()
+@click.argument("data")
+@_model_option
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --output, with the recipe that it began with.")
+@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False), help="Weights to fine-tune.")
+@click.option("--epochs", type=click.IntRange(1), help="[default: 300, with a teacher 1000, to fine-tune 30]")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a process and step [default: 128, to fine-tune 32].")
+@click.option("--accumulate", type=click.IntRange(1), help="Batches whose gradients make a step [default: 1].")
+@click.option("--image-size", type=click.IntRange(1), help="Pixels [default: the model's].")
+@click.option("--learning-rate", type=float, help="For 1024 images a step [default: 1.5e-3, to fine-tune 4e-3].")
+@click.option("--distill", is_flag=True, help="Learn from the paper's teacher, TResNet-L.")
+@click.option("--teacher", help="Learn from this network of timm's.")
+@click.option("--teacher-checkpoint", type=click.Path(exists=True, dir_okay=False), help="Its weights.")
+@click.option("--precision", help="32-true, bf16-mixed or 16-mixed [default: 32-true].")
+@click.option("--compile", "compiled", is_flag=True, default=None, help="Compile the network.")
+@click.option("--seed", type=click.IntRange(0), help="[default: 0]")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the recipe.")
+@click.option("--recipe", type=click.Path(exists=True), help="Start from the recipe.json of another run.")
+@click.option("--val-fraction", type=click.FloatRange(0, 1, True, True), default=0.1, show_default=True,
+              help="Share to validate on, where DATA has none.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images [default: a processor each, to 8].")
+@click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between saved states.")
+@click.option("--max-unreadable", type=click.IntRange(0), default=100, show_default=True, help="Images that may fail.")
+@click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu or what else Lightning knows.")
+@click.option("--devices", default="auto", show_default=True, help="How many; several train with DDP.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines.")
+@click.option("--profile", is_flag=True, help="Measure how long steps wait for images.")
+def train(
+    data: str,
+    output: Path,
+    resume: bool,
+    checkpoint: str | None,
+    distill: bool,
+    compiled: bool | None,
+    settings: tuple[str, ...],
+    recipe: str | None,
+    val_fraction: float,
+    workers: int | None,
+    save_every: int,
+    max_unreadable: int,
+    accelerator: str,
+    devices: str,
+    nodes: int,
+    profile: bool,
+    **changes: Any,
+) -> None:
+    """Train on DATA: a folder with a folder for each class, in train and val or to be split; one with WebDataset's tar
+    shards or Hugging Face's Parquet files; or "digits".
+
+    The recipe is the paper's; with --checkpoint one for fine-tuning. The output folder has it, with everything else
+    that is needed to go on after an interruption. Under torchrun, or with --devices, several processes train together.
+    """
+    with _sentences(), _extra("train"):
+        from mobilemamba.training import command
+
+        changes |= {"compile": compiled}
+        if distill and changes["teacher"] is None:
+            changes["teacher"] = "tresnet_l"
+        begun = resume and (output / "recipe.json").exists()
+        if begun and (checkpoint or recipe or settings or any(value is not None for value in changes.values())):
+            raise ValueError(f"the recipe of the run in {output} stands: leave out what changes it, or --resume")
+        chosen = command.load_recipe(output) if begun else command.recipe_from(changes, settings, checkpoint, recipe)
+        result = command.train(
+            data, chosen, output, resume=resume, val_fraction=val_fraction, workers=workers, save_every=save_every,
+            max_unreadable=max_unreadable, accelerator=accelerator, nodes=nodes, profile=profile,
+            devices=int(devices) if devices.isdecimal() else devices,
+        )  # fmt: skip
+        click.echo(command.summary(result))
 
 
 @main.group()
@@ -359,21 +432,130 @@ def demo(output: str, quick: bool) -> None:
         demonstration.run(Path(output), quick=quick)
 
 
+@main.command()
+@click.argument("study", type=click.Choice(list(STUDIES)))
+@_model_option
+@click.option("--data", help="Train every row on these images, and show its accuracy: a folder, or digits.")
+@click.option("--epochs", type=click.IntRange(1), help="In place of the paper's 300; its 1000 in proportion.")
+@click.option("--teacher", help="timm's name of a network that rows with distillation learn from.")
+@click.option("--teacher-checkpoint", type=click.Path(dir_okay=False), help="Its weights [default: timm's].")
+@click.option("--output", type=click.Path(file_okay=False), help="Folder of what is trained [default: ablations].")
+@click.option("--seed", type=click.IntRange(0), help="Of training [default: 0].")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Images at once, timed [default: 16] and trained with [default: 128]."
+)
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU, where speed is timed [default: all].")
+@click.option("--device", help="Where speed is timed, such as cuda [default: cpu].")
+@click.option("--no-speed", is_flag=True, help="Only count parameters and multiply-adds.")
+@_json_option
+def ablate(
+    study: str,
+    model: str | None,
+    data: str | None,
+    epochs: int | None,
+    teacher: str | None,
+    teacher_checkpoint: str | None,
+    output: str | None,
+    seed: int | None,
+    batch_size: int | None,
+    threads: int | None,
+    device: str | None,
+    no_speed: bool,
+    as_json: bool,
+) -> None:
+    """One of the paper's ablations: parameters, multiply-adds and speed of every row, beside the paper's figures.
+
+    With --data every row is trained too. A row that was trained before is not trained again, and one that was
+    interrupted goes on.
+    """
+    from mobilemamba import ablations
+    from mobilemamba import bench as harness
+
+    if data is None and (epochs or teacher or teacher_checkpoint or output or seed is not None):
+        raise click.UsageError("--epochs, --teacher, --output and --seed are for training: give --data as well")
+    if no_speed and (threads or device):
+        raise click.UsageError("--threads and --device are for speed: leave out --no-speed")
+    with _sentences(), _extra("train"):
+        place = _device(device or "cpu")
+        if not no_speed and place.type == "cpu":
+            harness.refuse_fallback()
+        rows = ablations.rows(study, model)
+        results: list[dict[str, float] | None] = [None] * len(rows)
+        if data is not None:
+            changes: dict[str, Any] = {"teacher": teacher or "", "teacher_checkpoint": teacher_checkpoint or ""}
+            changes |= {"seed": seed or 0} | ({"batch_size": batch_size} if batch_size else {})
+            recipes = [ablations.recipe(row, epochs, **changes) for row in rows]
+            pairs = zip(rows, recipes, strict=True)
+            results = [ablations.accuracy(row, data, recipe, output or "ablations") for row, recipe in pairs]
+        measured = ablations.measure(rows, batch_size or 16, threads, place, speed=not no_speed)
+    environment = harness.environment() | ({"threads": threads} if threads else {})
+    if place.type == "cuda":
+        environment["gpu"] = torch.cuda.get_device_name(place)
+    if as_json:
+        listed = [
+            asdict(m) | {"images_per_s": m.images_per_s, "paper": asdict(ablations.published(m.row)), "result": result}
+            for m, result in zip(measured, results, strict=True)
+        ]
+        click.echo(json.dumps({"environment": environment, "study": study, "results": listed}, indent=2))
+        return
+    _ablation_table(study, measured, results, environment)
+
+
+def _ablation_table(study: str, measured: list, results: list[dict[str, float] | None], environment: dict) -> None:
+    from mobilemamba import ablations
+
+    timed, trained = measured[0].timing is not None, results[0] is not None
+    caption = (
+        f"paper: arXiv 2411.15941, {STUDIES[study].table}; – where we do not have its figure. Its multiply-adds count "
+        "the scan and the normalizations too."
+    )
+    if timed:
+        where = environment.get("gpu") or _caption(environment)
+        caption += f" Its images/s, on its GPU, are read off a chart. Ours: {where}, batch {measured[0].batch_size}."
+    table = Table("", title=f"{measured[0].row.model}: {STUDIES[study].title}", caption=caption)
+    columns = ["image", "parameters", "paper", "multiply-adds", "paper"]
+    columns += ["images/s", "p10–p90", "paper"] * timed + ["top-1"] * trained + ["paper's top-1"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for m, result in zip(measured, results, strict=True):
+        paper = ablations.published(m.row)
+        cells = [
+            f"{m.row.image_size}²",
+            f"{m.parameters / 1e6:.2f} M",
+            _or_dash(paper.parameters, "{} M"),
+            f"{m.macs / 1e6:.1f} M",
+            _or_dash(paper.macs, "{} M"),
+        ]
+        if timed:
+            slow, fast = (m.batch_size / seconds for seconds in (m.timing.p90, m.timing.p10))
+            cells += [f"{m.images_per_s:.1f}", f"{slow:.1f}–{fast:.1f}", _or_dash(paper.images_per_s, "≈ {}")]
+        if result is not None:
+            cells.append(f"{result['top1']:.2f} %")
+        table.add_row(m.row.label, *cells, _or_dash(paper.top1, "{} %"))
+    _stdout().print(table)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """A sentence where a package of an extra is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"this needs {error.name}: pip install mobilemamba[{name}]") from error
+
+
 @contextmanager
 def _sentences() -> Iterator[None]:
     """Show what is wrong with the input as one sentence, not as a traceback."""
     try:
         yield
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, FloatingPointError) as error:
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         raise click.ClickException(where + _reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _text(path: Path) -> str:

@@ -268,6 +268,10 @@ class MobileMamba(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations. Results stay the same."""
         self.grad_checkpointing = enable
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The layers from the images to the classifier, by timm's patterns, for learning rates layer by layer."""
+        return {"stem": r"^patch_embed", "blocks": r"^blocks(\d)" if coarse else r"^blocks(\d)\.(\d+)"}
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the paper's recipe does not decay: one-dimensional ones and biases."""
         return {name for name, p in self.named_parameters() if p.ndim <= 1 or name.endswith(".bias")}

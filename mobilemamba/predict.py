@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 _DECODERS = min(8, os.cpu_count() or 1)
@@ -40,12 +40,17 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def image_suffixes() -> set[str]:
+    """Of the files that Pillow reads: lower case, with their dot."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
 def _images_below(folder: Path) -> list[Path]:
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = image_suffixes()
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
-def read_image(path: Path, channels: int) -> Image.Image:
+def read_image(path: Path | BinaryIO, channels: int) -> Image.Image:
     """Read an image upright, in RGB (3 channels) or grey (1 channel), what is transparent in white.
 
     Raises:
@@ -64,6 +69,14 @@ def read_image(path: Path, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
+
+
+def reason(error: Exception) -> str:
+    """What is wrong, in one line, without a path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def prepare_image(image: Image.Image, cfg: Mapping[str, Any]) -> np.ndarray:

@@ -1,0 +1,156 @@
+"""What a run leaves behind: the state to go on from, the best weights, its history. Every file is replaced whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from rich.console import Console
+
+from mobilemamba.checkpoints import save_checkpoint, write_file
+
+SETS = ("raw", "averaged")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, which appear whole or not at all, also where the disk is full or the process killed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_file(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+class KeepLast(ModelCheckpoint):
+    """``last.ckpt`` after every so many steps, and on SIGTERM.
+
+    Not at an epoch's last batch: Lightning would go on behind the validation that comes there. ``EveryEpoch`` follows.
+    """
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(folder, "last", every_n_train_steps=steps, enable_version_counter=False)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch:
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # Several processes may learn of the signal in different steps: they go back to the last regular state.
+        if trainer.received_sigterm and trainer.world_size == 1 and not loop._should_accumulate():
+            trainer.save_checkpoint(Path(self.dirpath or "", "last.ckpt"))
+
+
+class EveryEpoch(ModelCheckpoint):
+    """``last.ckpt`` after every epoch and its validation."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+class KeepBest(Callback):
+    """``best.pth``, the weights of the best validation so far, raw or averaged, for :func:`model_from_checkpoint`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best: dict[str, Any] = {"top1": -1.0}
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        measured = {name: float(trainer.callback_metrics[f"val/top1_{name}"]) for name in SETS}
+        name = max(SETS, key=lambda n: measured[n])
+        if measured[name] <= self.best["top1"]:
+            return
+        top5 = float(trainer.callback_metrics[f"val/top5_{name}"])
+        self.best = {"top1": measured[name], "top5": top5, "weights": name, "epoch": trainer.current_epoch + 1}
+        if trainer.is_global_zero:
+            save_checkpoint(pl_module.network if name == "raw" else pl_module.average.module, self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.best
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict
+
+
+class History(Callback):
+    """``history.csv``, a row an epoch, kept through interruptions.
+
+    Args:
+        show: called with a line of text for each epoch.
+    """
+
+    def __init__(self, path: Path, show: Callable[[str], None]) -> None:
+        self.path, self.show = path, show
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0  # of the epoch's training so far
+        self.images = 0
+        self.started = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not self.images:
+            self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.images += len(batch.labels) * trainer.world_size
+        self.seconds = time.perf_counter() - self.started
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        loss = float(pl_module.train_loss.compute())
+        pl_module.train_loss.reset()
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch + 1,
+            "steps": trainer.global_step,
+            "learning_rate": trainer.optimizers[0].param_groups[-1]["lr"],
+            "train_loss": loss,
+        }
+        for name in SETS:
+            row |= {f"{m}_{name}": float(trainer.callback_metrics[f"val/{m}_{name}"]) for m in ("loss", "top1", "top5")}
+        row |= {"images_per_s": self.images / max(self.seconds, 1e-9), "unreadable": len(pl_module.unreadable)}
+        self.images = 0
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in self.rows)
+            write_file(self.path, lambda file: file.write(text.getvalue().encode()))
+            self.show(
+                f"epoch {row['epoch']}/{trainer.max_epochs}: loss {loss:.4f}, top-1 {row['top1_raw']:.2f} %, averaged "
+                f"{row['top1_averaged']:.2f} %, {row['images_per_s']:.1f} images/s"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+
+class Bar(RichProgressBar):
+    """Lightning's, with images/s and the time left of the whole run."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._since, self._steps = time.perf_counter(), trainer.global_step
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> Any:
+        metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        done = trainer.global_step - getattr(self, "_steps", 0)
+        if done > 0:
+            seconds = (time.perf_counter() - self._since) / done
+            metrics["images/s"] = f"{trainer.lightning_module.images_per_step / seconds:.1f}"
+            left = round(seconds * (trainer.lightning_module.steps - trainer.global_step))
+            metrics["left"] = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
+        return metrics
+
+
+def to_terminal() -> bool:
+    return Console(stderr=True).is_terminal

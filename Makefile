@@ -4,7 +4,7 @@
 ## make test-cuda   operators on the CUDA kernels, emulated on the CPU; SANITIZER=address,undefined or thread
 ## make test-triton operators on the Triton kernels, in its interpreter
 ## make test-torch  one wheel, built against torch $(TORCH), tested on torch VERSION (newest, or for example 2.11.0);
-##                  TESTS files
+##                  TESTS files; a CPU build, such as 2.13.0+cpu, goes without training
 ## make sanitize    operators under AddressSanitizer and UBSan (gcc), FUZZ good and FUZZ bad calls an operator
 ## make bench       times of the operators beside plain PyTorch
 ## make lint        ruff, mypy, clang-format
@@ -35,7 +35,7 @@ DEV := .env-dev/bin/python
 	rm -rf .env-dev
 	$(PYTHON) -m venv .env-dev
 	$(DEV) -m pip install -q torch==$(TORCH) 'setuptools>=77' ninja
-	$(DEV) -m pip install -q --no-build-isolation -e '.[test,train,demo,lint,triton]'
+	$(DEV) -m pip install -q --no-build-isolation -e '.[test,train,lint,triton]'
 	touch $@
 
 build: .env-dev/stamp
@@ -47,21 +47,26 @@ wheel: .env-dev/stamp
 	$(DEV) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 
 CHECK := .env-torch-$(VERSION)
+comma := ,
 .env-torch-%/stamp: pyproject.toml | wheel
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -q torch$(if $(filter newest,$*),,==$*) "$$(echo build/wheel/*.whl)[test,timm]"
+	$(@D)/bin/python -m pip install -q torch$(if $(filter newest,$*),,==$*) \
+		"$$(echo build/wheel/*.whl)[test$(if $(findstring cpu,$*),,$(comma)train)]"
 	touch $@
 
 # --- tests -------------------------------------------------------------------------------------------------------
 
+# Threads that wait do not spin, because two processes share the processors.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(DEV) -m pytest -n 2
+
 test: build
-	$(DEV) -m pytest
+	$(PYTEST)
 	$(MAKE) --no-print-directory test-cuda
 	$(MAKE) --no-print-directory test-triton PART='$(SMALL)'
 
 test-full: build
-	$(DEV) -m pytest --full
+	$(PYTEST) --full
 	$(MAKE) --no-print-directory test-cuda test-triton PART='$(ALL)'
 	$(MAKE) --no-print-directory test-cuda SANITIZER=address,undefined
 	$(MAKE) --no-print-directory test-cuda SANITIZER=thread
@@ -82,11 +87,11 @@ test-cuda: .env-dev/stamp
 	PYTHONPATH=tests MOBILEMAMBA_EMULATION=$(SANITIZER) LD_PRELOAD="$(PRELOADED)" PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-		$(DEV) -m pytest --capture=sys -p emulation.plugin tests/test_ops.py tests/test_updates.py \
+		$(PYTEST) --capture=sys -p emulation.plugin tests/test_ops.py tests/test_updates.py \
 		-k '$(PART)'
 
 test-triton: .env-dev/stamp
-	TRITON_INTERPRET=1 MOBILEMAMBA_BACKEND=triton $(DEV) -m pytest tests/test_ops.py tests/test_updates.py \
+	TRITON_INTERPRET=1 MOBILEMAMBA_BACKEND=triton $(PYTEST) tests/test_ops.py tests/test_updates.py \
 		tests/test_triton_scan.py -k '$(PART)'
 
 # Tests of an installed or separately built package run from a copy of tests/, beside which there is no source. First

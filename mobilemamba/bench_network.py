@@ -290,7 +290,7 @@ def draw(results: Sequence[NetworkResult], path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise RuntimeError("a chart needs matplotlib: pip install mobilemamba[demo]") from error
+        raise RuntimeError("a chart needs matplotlib: pip install mobilemamba[train]") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

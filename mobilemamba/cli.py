@@ -125,6 +125,110 @@ def predict(
         raise click.exceptions.Exit(1)
 
 
+@main.command()
+@click.argument("data")
+@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False), required=True, help="Weights.")
+@_model_option
+@click.option("--optimized/--fused", default=None, help="[default: optimized where it can be]")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images at once.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images [default: a processor each, to 8].")
+@click.option("--max-unreadable", type=click.IntRange(0), default=100, show_default=True, help="Images that may fail.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="confusion.png",
+    show_default=True,
+    help="Picture of the confusions, PNG.",
+)
+@_dtype_option
+@click.option("--device", default="cpu", show_default=True, help="Where to compute, such as cuda or cuda:1.")
+@_json_option
+def validate(
+    data: str,
+    checkpoint: str,
+    model: str | None,
+    optimized: bool | None,
+    batch_size: int,
+    workers: int | None,
+    max_unreadable: int,
+    output: Path,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure a network's accuracy on DATA, as `train` takes it: its images to validate on, or all of a folder that is
+    not divided. Classes are matched by name where the checkpoint has names.
+
+    A checkpoint written by this package says which network it holds; for another one give --model as well. An image
+    that cannot be read is named and skipped, and the exit code is 1 at the end.
+    """
+    from mobilemamba.bench import environment
+
+    with _sentences(), _extra("train"):
+        from mobilemamba.training import open_images, pictures, validation
+
+        if not output.parent.is_dir():
+            raise ValueError(f"there is no folder {output.parent} for the picture")
+        place, source = _device(device), open_images(data)
+        if model is None:
+            network = mobilemamba.model_from_checkpoint(checkpoint)
+        else:
+            network = mobilemamba.create_model(model, num_classes=len(source.classes), checkpoint=checkpoint)
+        network = _for_inference(network.eval(), place, DTYPES[dtype], optimized)
+        stderr = Console(stderr=True)
+        columns = (TextColumn("validating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with (
+            Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are skipped with a sentence
+            task = progress.add_task("", total=len(source.labels))
+
+            def note(images: int, unreadable: list[str]) -> None:
+                progress.advance(task, images)
+                for why in unreadable:
+                    click.echo(f"skipped {_text(why)}", err=True)
+
+            result = validation.validate(
+                source,
+                network,
+                batch_size=batch_size,
+                workers=workers,
+                max_unreadable=max_unreadable,
+                progress=note,
+            )
+        pictures.draw_confusion(result.confusion, result.classes, output)
+    if as_json:
+        about = {"device": device, "dtype": dtype, "optimized": network.optimized, "picture": str(output)}
+        click.echo(json.dumps({"environment": environment() | about} | result.as_dict(), indent=2))
+    else:
+        _print_validation(result)
+        click.echo(f"Picture: {_text(output)}")
+    if result.unreadable:
+        raise click.exceptions.Exit(1)
+
+
+def _print_validation(result: Any) -> None:
+    present = [index for index in result.accuracy.argsort(kind="stable") if result.counts[index]]
+    table = Table("class", caption=f"The 50 worst of {len(present)} classes." if len(present) > 50 else None)
+    for column in ("images", "right"):
+        table.add_column(column, justify="right")
+    table.add_column("most often taken for")
+    for index in present[:50]:
+        wrong = result.confusion[index].copy()
+        wrong[index] = 0
+        other = f"{result.classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
+        share = f"{result.accuracy[index]:.1f} %"
+        table.add_row(Text(_text(result.classes[index])), str(result.counts[index]), share, Text(_text(other)))
+    _stdout().print(table)
+    skipped = f"; {len(result.unreadable)} could not be read" if result.unreadable else ""
+    click.echo(f"Top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.counts.sum()} images{skipped}")
+    click.echo(
+        f"{result.images_per_s:.1f} images/s, reading them included; the network alone "
+        f"{result.network_images_per_s:.1f} images/s"
+    )
+
+
 def _network(
     model: str | None, checkpoint: str | None, classes: str | None
 ) -> tuple[mobilemamba.MobileMamba, list[str] | None]:
@@ -143,10 +247,12 @@ def _network(
 
 
 def _for_inference(
-    network: mobilemamba.MobileMamba, device: torch.device, dtype: torch.dtype
+    network: mobilemamba.MobileMamba, device: torch.device, dtype: torch.dtype, optimized: bool | None = None
 ) -> mobilemamba.MobileMamba:
-    """Optimized where that can be, on CUDA GPUs, and on a CPU in float32 and bfloat16; else fused."""
-    if device.type == "cuda" or (device.type == "cpu" and dtype != torch.float16):
+    """Optimized where that can be, on CUDA GPUs, and on a CPU in float32 and bfloat16; else fused; or as asked for."""
+    if optimized is None:
+        optimized = device.type == "cuda" or (device.type == "cpu" and dtype != torch.float16)
+    if optimized:
         return mobilemamba.optimize_for_inference(network.to(device), dtype)
     return mobilemamba.fuse(network).to(device, dtype)
 
@@ -181,7 +287,7 @@ def _device(name: str) -> torch.device:
 @click.option("--val-fraction", type=click.FloatRange(0, 1, True, True), default=0.1, show_default=True,
               help="Share to validate on, where DATA has none.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images [default: a processor each, to 8].")
-@click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between saved states.")
+@click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between states.")
 @click.option("--max-unreadable", type=click.IntRange(0), default=100, show_default=True, help="Images that may fail.")
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu or what else Lightning knows.")
 @click.option("--devices", default="auto", show_default=True, help="How many; several train with DDP.")
@@ -213,7 +319,8 @@ def train(
     that is needed to go on after an interruption. Under torchrun, or with --devices, several processes train together.
     """
     with _sentences(), _extra("train"):
-        from mobilemamba.training import command
+        from mobilemamba import training
+        from mobilemamba.training.command import recipe_from, summary
 
         changes |= {"compile": compiled}
         if distill and changes["teacher"] is None:
@@ -221,13 +328,13 @@ def train(
         begun = resume and (output / "recipe.json").exists()
         if begun and (checkpoint or recipe or settings or any(value is not None for value in changes.values())):
             raise ValueError(f"the recipe of the run in {output} stands: leave out what changes it, or --resume")
-        chosen = command.load_recipe(output) if begun else command.recipe_from(changes, settings, checkpoint, recipe)
-        result = command.train(
+        chosen = training.load_recipe(output) if begun else recipe_from(changes, settings, checkpoint, recipe)
+        result = training.train(
             data, chosen, output, resume=resume, val_fraction=val_fraction, workers=workers, save_every=save_every,
             max_unreadable=max_unreadable, accelerator=accelerator, nodes=nodes, profile=profile,
             devices=int(devices) if devices.isdecimal() else devices,
         )  # fmt: skip
-        click.echo(command.summary(result))
+        click.echo(summary(result))
 
 
 @main.group()
@@ -424,11 +531,9 @@ def demo(output: str, quick: bool) -> None:
 
     Fails with exit code 1 below 97 % of the held-out digits or below a logistic regression. About two minutes.
     """
-    with _sentences():
-        try:
-            from mobilemamba import demo as demonstration
-        except ModuleNotFoundError as error:
-            raise RuntimeError(f"the demo needs {error.name}: pip install mobilemamba[demo]") from error
+    with _sentences(), _extra("train"):
+        from mobilemamba import demo as demonstration
+
         demonstration.run(Path(output), quick=quick)
 
 
@@ -506,12 +611,12 @@ def _ablation_table(study: str, measured: list, results: list[dict[str, float] |
 
     timed, trained = measured[0].timing is not None, results[0] is not None
     caption = (
-        f"paper: arXiv 2411.15941, {STUDIES[study].table}; – where we do not have its figure. Its multiply-adds count "
-        "the scan and the normalizations too."
+        f"After arXiv 2411.15941, {STUDIES[study].table}; the rows are ours. Paper: its figures of its variants, which "
+        "count the scan and the normalizations as multiply-adds too; –: the paper's figure is not reproduced here."
     )
     if timed:
         where = environment.get("gpu") or _caption(environment)
-        caption += f" Its images/s, on its GPU, are read off a chart. Ours: {where}, batch {measured[0].batch_size}."
+        caption += f" Its images/s, on its GPU, are read off a chart; ours: {where}, batch {measured[0].batch_size}."
     table = Table("", title=f"{measured[0].row.model}: {STUDIES[study].title}", caption=caption)
     columns = ["image", "parameters", "paper", "multiply-adds", "paper"]
     columns += ["images/s", "p10–p90", "paper"] * timed + ["top-1"] * trained + ["paper's top-1"]
@@ -539,6 +644,117 @@ def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
+@main.command()
+@click.option(
+    "--model",
+    "models",
+    type=click.Choice(list(VARIANTS)),
+    multiple=True,
+    help="Variant of the network [default: mobilemamba_s6].",
+)
+@click.option(
+    "--checkpoint", type=click.Path(exists=True, dir_okay=False), help="Weights of the one variant [default: random]."
+)
+@click.option(
+    "--beside", multiple=True, metavar="NAME[=FILE]", help="Another network by timm's name, with its weights."
+)
+@click.option("--images", "sources", multiple=True, help="File, folder or quoted pattern [default: samples].")
+@click.option("--size", type=click.IntRange(1), help="Of the images, in pixels [default: the first variant's].")
+@click.option("--count", type=click.IntRange(1), default=16, show_default=True, help="Most images to use.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="erf.png",
+    show_default=True,
+    help="The picture.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def erf(
+    models: tuple[str, ...],
+    checkpoint: str | None,
+    beside: tuple[str, ...],
+    sources: tuple[str, ...],
+    size: int | None,
+    count: int,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Draw effective receptive fields: what each pixel contributes to the centre of every stage's map.
+
+    Shown are RepLKNet's ratios: the share of the image, around its centre, that holds 20, 30, 50 and 99 % of all
+    contributions. --model, --beside and --images may be given several times. A checkpoint written by this package says
+    which network it holds; for another one give --model as well.
+    """
+    from mobilemamba import erf as receptive
+
+    if checkpoint and len(models) > 1:
+        raise click.UsageError("--checkpoint is for one variant: give --model once, or not at all")
+    with _sentences(), _extra("train"):
+        receptive.check_picture(output)
+        torch.manual_seed(0)
+        networks = [receptive.our_network(name, checkpoint) for name in models or (None,)]
+        size = size or int(networks[0].model.default_cfg["input_size"][-1])
+        for name, _, weights in (text.partition("=") for text in beside):
+            networks.append(receptive.timm_network(name, size, weights or None))
+        crops, skipped = _crops(sources, count, size)
+        if untrained := [network.name for network in networks if network.checkpoint is None]:
+            click.echo(
+                f"The weights of {', '.join(untrained)} are random: their batch norms take the statistics of the "
+                "images, and those of weight 0, which close blocks at the start of training, take 1.",
+                err=True,
+            )
+        prepared = [(network, receptive.prepare(network, crops)) for network in networks]
+        jobs = [(n, images, stride) for n, images in prepared for stride in receptive.stages(n.model)]
+        fields = [receptive.measure(*job) for job in _with_progress(jobs)]
+        receptive.draw(fields, len(crops), output)
+    if as_json:
+        results = [
+            {"network": f.network.name, "checkpoint": f.network.checkpoint, "stage": f.stage, "stride": f.stride}
+            | {"ratios": f.ratios}
+            for f in fields
+        ]
+        document = {"images": len(crops), "size": size, "picture": _text(output), "results": results}
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        caption = f"Share of the image that holds so much of all contributions; images: {len(crops)}, of {size}²."
+        table = Table("network", "weights", caption=caption)
+        for column in ("stage", "stride", *(f"{100 * t:g} %" for t in receptive.THRESHOLDS)):
+            table.add_column(column, justify="right")
+        for i, f in enumerate(fields):
+            ratios = (f"{100 * ratio:.2f} %" for ratio in f.ratios.values())
+            table.add_row(f.network.name, Text(f.network.weights), str(f.stage), str(f.stride), *ratios)
+            if i + 1 < len(fields) and fields[i + 1].network is not f.network:
+                table.add_section()
+        _stdout().print(table)
+        click.echo(f"Picture: {_text(output)}")
+    if skipped:
+        raise click.exceptions.Exit(1)
+
+
+def _crops(sources: tuple[str, ...], count: int, size: int) -> tuple[torch.Tensor, bool]:
+    """At most ``count`` images (N, 3, size, size), and whether one could not be read."""
+    from mobilemamba import erf as receptive
+    from mobilemamba import predict as prediction
+
+    if not sources:
+        return torch.stack([receptive.crop(image, size) for image in receptive.sample_images(count)]), False
+    crops: list[torch.Tensor] = []
+    skipped = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are skipped with a sentence
+        for path in prediction.find_images(sources):
+            if len(crops) == count:
+                break
+            try:
+                crops.append(receptive.crop(prediction.read_image(path, 3), size))
+            except Exception as error:  # decoders raise what they like
+                skipped = True
+                click.echo(f"skipped {_text(path)}: {_reason(error)}", err=True)
+    if not crops:
+        raise ValueError(f"there is nothing to look at: none of the images in {', '.join(sources)} can be read")
+    return torch.stack(crops), skipped
+
+
 @contextmanager
 def _extra(name: str) -> Iterator[None]:
     """A sentence where a package of an extra is not installed."""
@@ -558,8 +774,8 @@ def _sentences() -> Iterator[None]:
         raise click.ClickException(where + _reason(error)) from error
 
 
-def _text(path: Path) -> str:
-    """A path fit for any terminal: undecodable bytes of file names become question marks."""
+def _text(path: Path | str) -> str:
+    """A path or name fit for any terminal: undecodable bytes of file names become question marks."""
     return str(path).encode(errors="replace").decode()
 
 

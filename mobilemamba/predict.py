@@ -71,7 +71,7 @@ def read_image(path: Path | BinaryIO, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What is wrong, in one line, without a path."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image"

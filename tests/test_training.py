@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("lightning")
 pytest.importorskip("torchvision")
 
+import timm
 from training_run import BATCH, EPOCHS, IMAGES, OPTIONS, Watch, recipe, sources
 
 from mobilemamba import cli, create_model, model_from_checkpoint, save_checkpoint
@@ -283,11 +284,18 @@ def test_a_teacher_gets_images_as_it_knows_them():
     torch.testing.assert_close(fed[0], image[..., :24, :24], atol=1e-5, rtol=0)
 
 
-def test_timms_networks_teach():
-    pytest.importorskip("timm")
-    network = Teacher.from_timm.__func__
+def test_timms_networks_teach(tmp_path, monkeypatch):
+    network = timm.create_model("mobilenetv3_small_050", num_classes=10)
+    torch.save(network.state_dict(), tmp_path / "teacher.pth")
+    teacher = Teacher.from_timm("mobilenetv3_small_050", 10, str(tmp_path / "teacher.pth"))
+    assert same_state(teacher.network.state_dict(), network.state_dict())
+    assert teacher(torch.zeros(2, 3, 32, 32), {"mean": (0, 0, 0), "std": (1, 1, 1)}).shape == (2, 10)
     with pytest.raises(ValueError, match="teacher no_such_network cannot be made"):
-        network(Teacher, "no_such_network", 10)
+        Teacher.from_timm("no_such_network", 10)
+    made = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made(name))
+    with pytest.raises(ValueError, match="knows 1000 classes, and the data have 10: give weights"):
+        Teacher.from_timm("mobilenetv3_small_050", 10)
 
 
 def test_mixing_and_stochastic_depth_depend_on_the_batch_alone():

@@ -62,12 +62,19 @@ class Teacher:
             ValueError: timm knows no such network, or has no weights for it, or its classes are others.
         """
         try:
-            network = timm.create_model(
-                name, pretrained=not checkpoint, num_classes=classes, checkpoint_path=checkpoint or None
-            )
+            if checkpoint:
+                network = timm.create_model(name, num_classes=classes, checkpoint_path=checkpoint)
+            else:
+                network = timm.create_model(name, pretrained=True)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the teacher {name} cannot be made for {classes} classes: {reason}") from error
+        # Asked for another number of classes, timm would give published weights a new classifier, which knows nothing.
+        if network.num_classes != classes:
+            raise ValueError(
+                f"the teacher {name} knows {network.num_classes} classes, and the data have {classes}: give weights "
+                "that were trained on them with --teacher-checkpoint"
+            )
         return cls(network, resolve_model_data_config(network))
 
     def to(self, device: torch.device) -> None:

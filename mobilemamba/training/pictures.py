@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import PowerNorm
 
 from mobilemamba.checkpoints import write_file
 
@@ -40,30 +41,50 @@ def draw_history(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def draw_confusion(counts: np.ndarray, classes: Sequence[str], path: Path, most: int = 40) -> Path:
-    """Shares of each class's images by predicted class; of many classes those that are confused the most.
+    """Shares of each class's images by predicted class, right ones blue, wrong ones red; of many classes those that are
+    confused the most.
 
     Args:
         counts: (classes, classes): rows are what images are, columns what they were taken for.
     """
-    wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
-    shown = np.sort(np.argsort(-wrong, kind="stable")[:most])
-    shares = counts[np.ix_(shown, shown)] / np.maximum(counts.sum(1)[shown, None], 1)
-    names = [classes[i] if len(classes[i]) < 20 else classes[i][:18] + "…" for i in shown]
-    side = max(5.0, 0.32 * len(shown) + 2.5)
-    figure, ax = pyplot().subplots(figsize=(side + 0.8, side), layout="constrained")
-    image = ax.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=ax, shrink=0.7, label="percent of the class's images")
-    ax.set_xticks(range(len(shown)), names, rotation=90, fontsize=9)
-    ax.set_yticks(range(len(shown)), names, fontsize=9)
+    images = counts.sum(1)
+    wrong = images + counts.sum(0) - 2 * counts.diagonal()
+    present = np.flatnonzero(images + counts.sum(0))
+    shown = np.sort(present[np.argsort(-wrong[present], kind="stable")[:most]])
+    percent = 100 * counts[np.ix_(shown, shown)] / np.maximum(images[shown, None], 1)
+    names = [classes[i].encode(errors="replace").decode() for i in shown]  # of folders, names may be no Unicode
+    names = [name if len(name) < 25 else name[:23] + "…" for name in names]
+    rows, few = names, len(shown) <= 15
+    side = max(4.5, 0.3 * len(shown) + 2)
+    figure, ax = pyplot().subplots(figsize=(side + 1, side), layout="constrained")
+    scale = PowerNorm(0.5, 0, 100)  # so that a few percent can be seen
+    diagonal = np.eye(len(shown), dtype=bool)
+    ax.imshow(np.ma.masked_where(~diagonal, percent), cmap="Blues", norm=scale)
+    red = ax.imshow(np.ma.masked_where(diagonal | (percent == 0), percent), cmap="Reds", norm=scale)
+    if few:
+        for (row, column), value in np.ndenumerate(percent):
+            if value:
+                text = f"{value:.0f}" if value >= 0.5 else "<1"
+                colour = "white" if scale(value) > 0.6 else INK
+                ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+    else:
+        figure.colorbar(red, ax=ax, shrink=0.5, label="percent of a class's images taken for another")
+        right = (f"{p:.0f} %" if n else "no images" for p, n in zip(percent.diagonal(), images[shown], strict=True))
+        rows = [f"{name}  {share}" for name, share in zip(names, right, strict=True)]
+    ax.set_yticks(range(len(shown)), rows, fontsize=9, parse_math=False)
+    short = max(map(len, names)) < 4
+    slant: dict[str, Any] = {} if short else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(len(shown)), names, fontsize=9, parse_math=False, **slant)
+    ax.set_xticks(np.arange(len(shown) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(shown) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color=GREY, linewidth=0.3)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted class", ylabel="class")
-    if len(shown) <= 15:
-        for (row, column), share in np.ndenumerate(shares):
-            if share:
-                colour = "white" if share > 0.5 else INK
-                ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    right = counts.diagonal().sum() / max(counts.sum(), 1)
-    which = f"; the {len(shown)} classes confused the most" if len(shown) < len(classes) else ""
-    ax.set_title(f"{right:.1%} of {counts.sum()} images are right{which}", loc="left", color=INK)
+    which = f"the {len(shown)} of {len(present)} classes confused the most; " if len(shown) < len(present) else ""
+    unit = "in the cells: percent of the class's images" if few else "beside each class: percent that are right"
+    title = f"{100 * counts.trace() / counts.sum():.1f} % of {counts.sum()} images are right"
+    ax.set_title(f"{title}\n{which}{unit}", loc="left", color=INK, fontsize=11)
     return save(figure, path)
 
 
@@ -75,6 +96,6 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=150, facecolor="white"))
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=150, facecolor="white", bbox_inches="tight"))
     pyplot().close(figure)
     return path

@@ -35,7 +35,7 @@ class Validation:
     images_per_s: float
     """Of the whole: the network, and what reading images and preparing them takes in addition."""
     network_images_per_s: float
-    """Of the network alone, median of the batches."""
+    """Of the network alone."""
     unreadable: list[str]
     """Names of the images that could not be read, and why."""
 
@@ -92,7 +92,7 @@ def validate(
     top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
     labels: list[Tensor] = []
     predicted: list[Tensor] = []
-    seconds: list[float] = []  # an image, in each batch
+    seconds = 0.0  # of the network
     unreadable: list[str] = []
     start = time.perf_counter()
     workers = default_workers() if workers is None else workers
@@ -102,7 +102,7 @@ def validate(
             before = time.perf_counter()
             with torch.inference_mode():
                 logits = network(images).float().cpu()
-            seconds.append((time.perf_counter() - before) / len(logits))
+            seconds += time.perf_counter() - before
             if not logits.isfinite().all():
                 raise RuntimeError(f"the network's results are not finite in {dtype}: use another dtype or checkpoint")
             labels.append(number[batch.labels])
@@ -129,7 +129,7 @@ def validate(
         accuracy=100 * MulticlassAccuracy(classes, average=None)(*answers).numpy(),
         confusion=confusion,
         images_per_s=len(answers[0]) / whole,
-        network_images_per_s=1 / float(np.median(seconds)),
+        network_images_per_s=len(answers[0]) / seconds,
         unreadable=unreadable,
     )
 

@@ -3,6 +3,7 @@
 ``load()`` puts them in the place of ``mobilemamba_kernels._C``, so that every test of the operators runs on them.
 """
 
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -36,9 +37,11 @@ def compile_all(folder: Path, output: Path, sources: list[Path], flags: list[str
     objects = [f"{source.stem}.o" for source in sources]
     lines += [f"build {obj}: compile {source}" for obj, source in zip(objects, sources, strict=True)]
     lines += [f"build {output}: link {' '.join(objects)}", ""]
-    (folder / "build.ninja").write_text("\n".join(lines))
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer
-    subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], check=True, env=environment)
+    with open(folder / "lock", "w") as lock:  # pytest's processes build once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], check=True, env=environment)
     return output
 
 

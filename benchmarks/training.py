@@ -1,0 +1,162 @@
+"""The committed report of training, benchmarks/results/training/: what small runs on real images come to.
+
+    python benchmarks/training.py [--output FOLDER] [--seeds 10]
+
+Digits (64×64) by the paper's recipe, shortened; the same network fine-tuned on photographs; what a teacher gives where
+there are few labels; receptive fields before and after training. Needs the extra ``train``. About half an hour on two
+cores. Parts that the folder has already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mobilemamba import bench, fuse, model_from_checkpoint
+from mobilemamba.checkpoints import write_file
+from mobilemamba.training import Recipe, Result, train
+from mobilemamba.training.pictures import BLUE, GREEN, INK, pyplot, save
+from mobilemamba.training.sources import Source, Subset, digits
+
+NETWORK: dict[str, Any] = {"widths": (48, 64, 80), "depths": (1, 1, 1)}
+SIZE = 64
+# Digits are neither mirrored nor cropped to a twelfth, and have no colours.
+DIGITS: dict[str, Any] = {
+    "options": NETWORK,
+    "image_size": SIZE,
+    "batch_size": 64,
+    "learning_rate": 0.064,
+    "hflip": 0.0,
+    "crop_scale": (0.6, 1.0),
+    "auto_augment": "",
+    "color_jitter": 0.0,
+    "random_erasing": 0.0,
+}
+LABELS = 10  # of each class, in the study of distillation
+
+
+def digits_recipe(**changes: Any) -> Recipe:
+    return Recipe.paper("mobilemamba_t2", **(DIGITS | {"epochs": 60} | changes))
+
+
+def few_labels(source: Source, seed: int) -> Subset:
+    random = np.random.default_rng(seed)
+    of_class = [random.permutation(np.flatnonzero(source.labels == label))[:LABELS] for label in range(10)]
+    return Subset(source, np.sort(np.concatenate(of_class)))
+
+
+def run(folder: Path, data: Any, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """A run, or what it came to where it is finished already."""
+    done = folder / "result.json"
+    if not done.exists():
+        result: Result = train(data, recipe, folder, resume=True, workers=1, **options)
+        numbers = {"top1": result.top1, "top5": result.top5, "weights": result.weights, "epoch": result.epoch}
+        numbers |= {"seconds": result.seconds, "images_per_s": result.images_per_s, "waiting": result.waiting}
+        write_file(done, lambda file: file.write(json.dumps(numbers, indent=2).encode()))
+    return json.loads(done.read_text())
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and the half width of its 95 % interval (Student's t)."""
+    from scipy.stats import t
+
+    return float(values.mean()), float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def study(folder: Path, teacher_weights: Path, seeds: int) -> list[dict[str, Any]]:
+    """Students of ten labels a class, each seed with its own, with and without the teacher."""
+    train_images, val_images = digits()
+    teacher = fuse(model_from_checkpoint(teacher_weights))
+    rows = []
+    for seed in range(seeds):
+        data = few_labels(train_images, seed), val_images
+        recipe = digits_recipe(epochs=100, batch_size=50, seed=seed, mixup=0.0, cutmix=0.0)
+        row: dict[str, Any] = {"seed": seed}
+        for name, options in (("alone", {}), ("taught", {"teacher": teacher})):
+            torch.set_grad_enabled(True)
+            row[name] = run(folder / f"{name}-{seed}", data, recipe, show=lambda line: None, **options)["top1"]
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def draw_study(rows: list[dict[str, Any]], path: Path) -> None:
+    figure, ax = pyplot().subplots(figsize=(6, 4.5), layout="constrained")
+    for column, (name, colour) in enumerate((("alone", BLUE), ("taught", GREEN))):
+        values = np.array([row[name] for row in rows])
+        mean, half = interval(values)
+        ax.errorbar(column, mean, half, fmt="D", color=INK, capsize=8, markersize=7, zorder=3)
+        ax.plot([column] * len(values), values, "o", color=colour, alpha=0.6)
+        ax.annotate(f"{mean:.2f} ± {half:.2f}", (column, mean), (14, 0), textcoords="offset points", va="center")
+    for row in rows:
+        ax.plot([0, 1], [row["alone"], row["taught"]], color="#cbd2d9", linewidth=1, zorder=0)
+    ax.set_xticks([0, 1], ["labels alone", "labels and teacher"])
+    ax.set(xlim=(-0.4, 1.7), ylabel="top-1, percent")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(f"{LABELS} labels a class, {len(rows)} seeds; mean, 95 % interval", loc="left", color=INK)
+    save(figure, path)
+
+
+def command(*arguments: Any) -> str:
+    """What a command of this package prints."""
+    line = [sys.executable, "-m", "mobilemamba", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line[2:])} failed: {done.stderr}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("training-report"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=10)
+    options = parser.parse_args()
+    runs, report = options.output, Path(__file__).parent / "results" / "training"
+    report.mkdir(parents=True, exist_ok=True)
+    images = runs / "images"
+    if not images.exists():
+        script = Path(__file__).parents[1] / "examples" / "sample_images.py"
+        subprocess.run([sys.executable, str(script), str(images)], check=True)
+
+    learnt = run(runs / "digits", digits(), digits_recipe(), profile=True)
+    weights = runs / "digits" / "best.pth"
+    validated = json.loads(
+        command("validate", images / "digits", "--checkpoint", weights, "--output", report / "confusion.png", "--json")
+    )
+    recipe = Recipe.finetune(
+        "mobilemamba_t2", str(weights), options=NETWORK, image_size=SIZE, epochs=15, batch_size=16, learning_rate=0.064
+    )
+    tuned = run(runs / "photos", images / "photos", recipe, val_fraction=0.3)
+    scratch = run(runs / "photos-scratch", images / "photos", digits_recipe(epochs=15, batch_size=16, hflip=0.5),
+                  val_fraction=0.3)  # fmt: skip
+    rows = study(runs / "study", weights, options.seeds)
+    draw_study(rows, report / "distillation.png")
+    command("erf", "--model", "mobilemamba_s6", "--beside", "mobilenetv3_small_100", "--output", report / "erf.png")
+    shutil.copy(runs / "digits" / "curves.png", report / "curves.png")
+    shutil.copy(runs / "photos" / "curves.png", report / "curves-photos.png")
+    alone, taught = (np.array([row[name] for row in rows]) for name in ("alone", "taught"))
+    results = {
+        "environment": bench.environment(),
+        "digits": learnt,
+        "digits validated, fused": {name: validated[name] for name in ("top1", "top5", "images_per_s")},
+        "photographs, fine-tuned": tuned,
+        "photographs, from scratch": scratch,
+        "distillation": {"rows": rows} | {
+            name: dict(zip(("mean", "half width of the 95 % interval"), interval(values), strict=True))
+            for name, values in (("alone", alone), ("taught", taught), ("difference", taught - alone))
+        },
+    }  # fmt: skip
+    (report / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results["distillation"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

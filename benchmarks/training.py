@@ -10,21 +10,24 @@ cores. Parts that the folder has already are not run again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from lightning.pytorch.callbacks import Callback
 
 from mobilemamba import bench, fuse, model_from_checkpoint
 from mobilemamba.checkpoints import write_file
 from mobilemamba.training import Recipe, Result, train
 from mobilemamba.training.pictures import BLUE, GREEN, INK, pyplot, save
-from mobilemamba.training.sources import Source, Subset, digits
+from mobilemamba.training.sources import Source, Subset, digits, open_data
+from mobilemamba_kernels import use_backend
 
 NETWORK: dict[str, Any] = {"widths": (48, 64, 80), "depths": (1, 1, 1)}
 SIZE = 64
@@ -40,17 +43,19 @@ DIGITS: dict[str, Any] = {
     "color_jitter": 0.0,
     "random_erasing": 0.0,
 }
-LABELS = 10  # of each class, in the study of distillation
+LABELS, SHOWN = 10, 10  # images of each class, and how often an epoch, in the study of distillation
+STEPS = 9  # of an epoch that are timed, behind the first one
 
 
 def digits_recipe(**changes: Any) -> Recipe:
-    return Recipe.paper("mobilemamba_t2", **(DIGITS | {"epochs": 60} | changes))
+    return Recipe.paper("mobilemamba_t2", **(DIGITS | {"epochs": 30} | changes))
 
 
 def few_labels(source: Source, seed: int) -> Subset:
+    """LABELS images of each class, SHOWN times an epoch."""
     random = np.random.default_rng(seed)
     of_class = [random.permutation(np.flatnonzero(source.labels == label))[:LABELS] for label in range(10)]
-    return Subset(source, np.sort(np.concatenate(of_class)))
+    return Subset(source, np.tile(np.concatenate(of_class), SHOWN))
 
 
 def run(folder: Path, data: Any, recipe: Recipe, **options: Any) -> dict[str, Any]:
@@ -78,14 +83,50 @@ def study(folder: Path, teacher_weights: Path, seeds: int) -> list[dict[str, Any
     rows = []
     for seed in range(seeds):
         data = few_labels(train_images, seed), val_images
-        recipe = digits_recipe(epochs=100, batch_size=50, seed=seed, mixup=0.0, cutmix=0.0)
+        recipe = digits_recipe(epochs=6, batch_size=50, seed=seed)
         row: dict[str, Any] = {"seed": seed}
         for name, options in (("alone", {}), ("taught", {"teacher": teacher})):
-            torch.set_grad_enabled(True)
             row[name] = run(folder / f"{name}-{seed}", data, recipe, show=lambda line: None, **options)["top1"]
         print(row, flush=True)
         rows.append(row)
     return rows
+
+
+class StepTimes(Callback):
+    """Seconds from the end of a step to the end of the next one, waiting for images included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        if batch_idx:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+
+def speed(folder: Path, photos: Path) -> dict[str, Any]:
+    """Whole steps of S6 at 224, 16 images, by the paper's recipe: with the kernels and on plain PyTorch, in turn."""
+    times = {"kernels": StepTimes(), "plain PyTorch": StepTimes()}
+    waiting = []
+    train_images, val_images = open_data(photos, 0.1)
+    images = Subset(train_images, np.arange(16 * (STEPS + 1))), Subset(val_images, np.arange(4))
+    recipe = Recipe.paper("mobilemamba_s6", epochs=1, batch_size=16)
+    for turn in range(3):
+        for name, backend in (("kernels", contextlib.nullcontext()), ("plain PyTorch", use_backend("reference"))):
+            with backend:
+                place = folder / f"{name}-{turn}"
+                result = train(images, recipe, place, workers=1, profile=True, callbacks=[times[name]],
+                               show=lambda line: None)  # fmt: skip
+            shutil.rmtree(place)
+            if name == "kernels":
+                waiting.append(result.waiting)
+    found = {
+        name: dict(zip(("median", "p10", "p90"), np.percentile(t.seconds, [50, 10, 90]).tolist(), strict=True))
+        for name, t in times.items()
+    }
+    ratio = found["plain PyTorch"]["median"] / found["kernels"]["median"]
+    return {"seconds a step": found, "ratio": ratio, "waiting": float(np.median(waiting))}
 
 
 def draw_study(rows: list[dict[str, Any]], path: Path) -> None:
@@ -125,6 +166,7 @@ def main() -> None:
     if not images.exists():
         script = Path(__file__).parents[1] / "examples" / "sample_images.py"
         subprocess.run([sys.executable, str(script), str(images)], check=True)
+        subprocess.run([sys.executable, str(script), str(images / "large"), "--size", "384"], check=True)
 
     learnt = run(runs / "digits", digits(), digits_recipe(), profile=True)
     weights = runs / "digits" / "best.pth"
@@ -137,6 +179,7 @@ def main() -> None:
     tuned = run(runs / "photos", images / "photos", recipe, val_fraction=0.3)
     scratch = run(runs / "photos-scratch", images / "photos", digits_recipe(epochs=15, batch_size=16, hflip=0.5),
                   val_fraction=0.3)  # fmt: skip
+    steps = speed(runs / "speed", images / "large" / "photos")
     rows = study(runs / "study", weights, options.seeds)
     draw_study(rows, report / "distillation.png")
     command("erf", "--model", "mobilemamba_s6", "--beside", "mobilenetv3_small_100", "--output", report / "erf.png")
@@ -149,6 +192,7 @@ def main() -> None:
         "digits validated, fused": {name: validated[name] for name in ("top1", "top5", "images_per_s")},
         "photographs, fine-tuned": tuned,
         "photographs, from scratch": scratch,
+        "steps of S6, 224, 16 images": steps,
         "distillation": {"rows": rows} | {
             name: dict(zip(("mean", "half width of the 95 % interval"), interval(values), strict=True))
             for name, values in (("alone", alone), ("taught", taught), ("difference", taught - alone))

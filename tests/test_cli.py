@@ -59,7 +59,8 @@ def predicted(*arguments):
 
 
 def test_help_of_every_command():
-    for command in ([], ["info"], ["predict"], ["bench"], ["bench", "ops"], ["bench", "network"], ["demo"]):
+    commands = ["", "info", "predict", "validate", "train", "erf", "ablate", "bench", "bench ops", "bench network"]
+    for command in [*map(str.split, commands), ["bench", "dropins"], ["demo"]]:
         result = run(*command, "--help")
         assert result.exit_code == 0
         assert "Usage:" in result.output

@@ -73,16 +73,19 @@ def checkpoint(network, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def optimized(network):
+    return mobilemamba.optimize_for_inference(network)
+
+
+@pytest.fixture(scope="module")
 def by_hand(network, folder):
-    """Each image's class and the network's classes, best first, one image at a time."""
-    found = []
-    for name in NAMES:
-        for path in sorted((folder / name).iterdir()):
-            pixels = prepare_image(Image.open(path).convert("RGB"), network.default_cfg)
-            with torch.inference_mode():
-                logits = network(torch.from_numpy(pixels)[None])[0]
-            found.append((NAMES.index(name), logits.argsort(descending=True).tolist()))
-    return found
+    """Each image's class, and the network's classes for it, best first."""
+    paths = [path for name in NAMES for path in sorted((folder / name).iterdir())]
+    pixels = [prepare_image(Image.open(path).convert("RGB"), network.default_cfg) for path in paths]
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(np.stack(pixels)))
+    orders = logits.argsort(descending=True).tolist()
+    return [(NAMES.index(path.parent.name), order) for path, order in zip(paths, orders, strict=True)]
 
 
 def run(*arguments):
@@ -102,11 +105,11 @@ def error(result):
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(16, 0), (5, 2)])
-def test_numbers_are_those_of_a_count_by_hand(network, folder, by_hand, batch_size, workers):
+def test_numbers_are_those_of_a_count_by_hand(optimized, folder, by_hand, batch_size, workers):
     done = []
     found = validate(
         open_images(folder),
-        network,
+        optimized,
         batch_size=batch_size,
         workers=workers,
         progress=lambda n, why: done.append((n, why)),
@@ -161,11 +164,11 @@ def source(names, labels=None):
     return Arrays(np.zeros((len(labels), 8, 8), np.uint8), labels, list(names))
 
 
-def test_classes_are_matched_by_name(network, folder, tmp_path, by_hand):
+def test_classes_are_matched_by_name(optimized, folder, tmp_path, by_hand):
     for name in ("pig", "ant", "owl"):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "unknown, but empty").mkdir()
-    found = validate(open_images(tmp_path), network, workers=0)
+    found = validate(open_images(tmp_path), optimized, workers=0)
     expected = [(label, order[0]) for label, order in by_hand if NAMES[label] in ("pig", "ant", "owl")]
     assert found.top1 == pytest.approx(100 * sum(a == b for a, b in expected) / len(expected))
     assert found.counts.tolist() == [IMAGES * (name in ("pig", "ant", "owl")) for name in NAMES]
@@ -242,9 +245,9 @@ def test_command(folder, checkpoint, by_hand, tmp_path):
         assert image.width > 500
 
 
-def test_command_in_json(folder, checkpoint, network, tmp_path):
+def test_command_in_json(folder, checkpoint, optimized, tmp_path):
     found = as_json(folder, "--checkpoint", checkpoint, "--output", tmp_path / "c.png")
-    expected = validate(open_images(folder), network, workers=0)
+    expected = validate(open_images(folder), optimized, workers=0)
     assert found["environment"]["picture"] == str(tmp_path / "c.png")
     assert (found["images"], found["top1"], found["top5"]) == (42, expected.top1, expected.top5)
     assert [row["class"] for row in found["classes"]] == NAMES

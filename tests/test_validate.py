@@ -41,6 +41,15 @@ def write_images(folder, names, count=IMAGES):
             Image.fromarray(coarse).resize((40, 36), Image.Resampling.BICUBIC).save(folder / name / f"{number}.png")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On busy processors two wait for each other longer than such networks compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images [1]")
@@ -223,6 +232,10 @@ def test_networks_that_cannot_be_validated(network, folder):
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_help():
+    assert "--max-unreadable" in run("--help").stdout
 
 
 def test_command(folder, checkpoint, by_hand, tmp_path):

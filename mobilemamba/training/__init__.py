@@ -8,5 +8,6 @@ from mobilemamba.training.module import Teacher
 from mobilemamba.training.recipe import Recipe
 from mobilemamba.training.run import Result, load_recipe, train
 from mobilemamba.training.sources import open_data, open_images
+from mobilemamba.training.validation import Validation, validate
 
-__all__ = ["Recipe", "Result", "Teacher", "load_recipe", "open_data", "open_images", "train"]
+__all__ = ["Recipe", "Result", "Teacher", "Validation", "load_recipe", "open_data", "open_images", "train", "validate"]

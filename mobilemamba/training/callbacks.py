@@ -13,7 +13,6 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from rich.console import Console
 
 from mobilemamba.checkpoints import save_checkpoint, write_file
 
@@ -142,15 +141,12 @@ class Bar(RichProgressBar):
         self._since, self._steps = time.perf_counter(), trainer.global_step
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> Any:
-        metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-        done = trainer.global_step - getattr(self, "_steps", 0)
+        loss = trainer.callback_metrics.get("train/loss")
+        metrics = {} if loss is None else {"loss": f"{float(loss):.3f}"}
+        done = trainer.global_step - self._steps
         if done > 0:
             seconds = (time.perf_counter() - self._since) / done
-            metrics["images/s"] = f"{trainer.lightning_module.images_per_step / seconds:.1f}"
-            left = round(seconds * (trainer.lightning_module.steps - trainer.global_step))
+            left = round(seconds * (pl_module.steps - trainer.global_step))
+            metrics["images/s"] = f"{pl_module.images_per_step / seconds:.1f}"
             metrics["left"] = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
         return metrics
-
-
-def to_terminal() -> bool:
-    return Console(stderr=True).is_terminal

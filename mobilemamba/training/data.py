@@ -115,9 +115,16 @@ class TrainingLoader(DataLoader):
         workers: int,
         **options: Any,
     ) -> None:
-        self.position = 0
-        self.taken = _Batches(len(images), batch_size, seed, rank, processes, lambda: self.position)
-        super().__init__(images, batch_sampler=self.taken, num_workers=workers, collate_fn=collate, **options)
+        self._batches = _Batches(len(images), batch_size, seed, rank, processes)
+        super().__init__(images, batch_sampler=self._batches, num_workers=workers, collate_fn=collate, **options)
+
+    @property
+    def position(self) -> int:
+        return self._batches.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._batches.position = position
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         return map(self._checked, super().__iter__())
@@ -125,7 +132,7 @@ class TrainingLoader(DataLoader):
     def _checked(self, batch: Batch) -> Batch:
         # Raised here and not by a worker, from which an error comes with its traceback for a text.
         if not len(batch.labels):
-            count = min(self.taken.count, _IN_A_ROW)
+            count = min(self._batches.count, _IN_A_ROW)
             raise OSError(f"{count} images in a row cannot be read, such as {batch.unreadable[-1]}: repair the data")
         return batch
 
@@ -139,11 +146,10 @@ class TrainingLoader(DataLoader):
 class _Batches:
     """A process's batches of an epoch, as lists of (batch's number, epoch, index)."""
 
-    def __init__(
-        self, count: int, batch_size: int, seed: int, rank: int, processes: int, position: Callable[[], int]
-    ) -> None:
-        self.count, self.batch_size, self.seed, self.position = count, batch_size, seed, position
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, processes: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.processes = rank, processes
+        self.position = 0
         if not len(self):
             raise ValueError(
                 f"{count} training images are fewer than a step's {batch_size} × {processes}: lower the batch size"
@@ -153,7 +159,7 @@ class _Batches:
         return self.count // (self.batch_size * self.processes)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch, start = divmod(self.position(), len(self))
+        epoch, start = divmod(self.position, len(self))
         order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
         for step in range(start, len(self)):
             batch = step * self.processes + self.rank

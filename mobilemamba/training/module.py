@@ -196,7 +196,7 @@ class Classifier(lightning.LightningModule):
                 f"the loss is {loss.item()} in step {self.global_step}: lower the learning rate, or use 32-true"
             )
         self.train_loss.update(loss.detach())
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        self.log("train/loss", loss.detach(), batch_size=len(images))
         self.trainer.train_dataloader.position += 1  # type: ignore[union-attr]
         return loss
 
@@ -219,7 +219,7 @@ class Classifier(lightning.LightningModule):
         for name, of_set in self.measures.items():
             for measure, metric in of_set.items():  # type: ignore[operator]
                 value = metric.compute() * (1 if measure == "loss" else 100)
-                self.log(f"val/{measure}_{name}", value, prog_bar=measure == "top1", sync_dist=False)
+                self.log(f"val/{measure}_{name}", value)
                 metric.reset()
 
     def _note_unreadable(self, batch: Batch) -> None:

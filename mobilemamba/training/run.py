@@ -139,7 +139,9 @@ def train(
         raise ValueError(f"there is no file {recipe.teacher_checkpoint} for the teacher")
     sources = data if isinstance(data, tuple) else open_data(data, val_fraction, recipe.seed)
     show(describe(*sources))
-    about = {"recipe": asdict(recipe), "classes": list(sources[0].classes), "images": [len(s.labels) for s in sources]}
+    network = build_network(recipe, sources[0].classes)
+    about = {"recipe": asdict(recipe), "network": asdict(network.options)}
+    about |= {"classes": list(sources[0].classes), "images": [len(source.labels) for source in sources]}
     about = json.loads(json.dumps(about))
     if state.exists():
         _check_same(folder, about)
@@ -147,7 +149,6 @@ def train(
         if unfinished.name.startswith((".last.ckpt.", ".best.pth.")):  # of a process that was killed while it wrote
             unfinished.unlink()
 
-    network = build_network(recipe, sources[0].classes)
     learnt_from = teacher if isinstance(teacher, Teacher) or teacher is None else Teacher(teacher)
     if learnt_from is None and recipe.teacher:
         learnt_from = Teacher.from_timm(recipe.teacher, len(sources[0].classes), recipe.teacher_checkpoint)

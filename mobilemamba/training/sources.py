@@ -63,14 +63,14 @@ def _images_below(root: Path) -> Iterator[str]:
     suffixes, seen = image_suffixes(), set()
     for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
         place = os.path.realpath(folder)
-        folders[:] = [] if place in seen else sorted(name for name in folders if not name.startswith("."))
-        if place not in seen:
-            yield from (
-                os.path.join(folder, name)
-                for name in sorted(files)
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
-            )
+        if place in seen:
+            folders.clear()
+            continue
         seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield os.path.join(folder, name)
 
 
 def _raise(error: OSError) -> None:
@@ -236,7 +236,8 @@ def open_data(data: str | os.PathLike[str], val_fraction: float = 0.1, seed: int
     Args:
         data: "digits", or a folder with ``train`` and ``val`` in it, each of which has a folder for each class, tar
             shards (WebDataset) or Parquet files (Hugging Face); shards and Parquet files may also lie together, their
-            names starting with ``train`` and ``val``. A folder without these two is split.
+            names starting with ``train`` and ``val``. ``valid``, ``validation`` and ``test`` stand for ``val`` where
+            there is none. A folder without these two is split.
         val_fraction: the share to validate on, where the data do not say.
         seed: of that split.
 

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -140,7 +141,7 @@ def train(
     sources = data if isinstance(data, tuple) else open_data(data, val_fraction, recipe.seed)
     show(describe(*sources))
     network = build_network(recipe, sources[0].classes)
-    about = {"recipe": asdict(recipe), "network": asdict(network.options)}
+    about: dict[str, Any] = {"recipe": asdict(recipe), "network": asdict(network.options)}
     about |= {"classes": list(sources[0].classes), "images": [len(source.labels) for source in sources]}
     about = json.loads(json.dumps(about))
     if state.exists():
@@ -229,6 +230,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are skipped with a sentence
             yield
     finally:
         log.setLevel(level)

@@ -1,7 +1,7 @@
 """Training and validation: the paper's recipe on Lightning, timm and torchmetrics (``pip install mobilemamba[train]``).
 
-    recipe = Recipe.paper("mobilemamba_s6", epochs=100)
-    result = train("imagenet", recipe, "runs/s6")
+recipe = Recipe.paper("mobilemamba_s6", epochs=100)
+result = train("imagenet", recipe, "runs/s6")
 """
 
 from mobilemamba.training.module import Teacher

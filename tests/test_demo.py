@@ -22,7 +22,7 @@ from mobilemamba.training.sources import Subset, digits
 @pytest.fixture
 def few(monkeypatch):
     train_images, test_images = digits()
-    monkeypatch.setattr(demo, "digits", lambda: (Subset(train_images, np.arange(64)), test_images))
+    monkeypatch.setattr(demo, "digits", lambda: (Subset(train_images, np.arange(80)), test_images))
 
 
 def test_network_has_every_branch_at_every_stage():

@@ -1,7 +1,9 @@
 """Training and validation: the paper's recipe on Lightning, timm and torchmetrics (``pip install mobilemamba[train]``).
 
-recipe = Recipe.paper("mobilemamba_s6", epochs=100)
-result = train("imagenet", recipe, "runs/s6")
+    recipe = Recipe.paper("mobilemamba_s6", epochs=100)
+    result = train("imagenet", recipe, "runs/s6")
+
+On the command line these are ``mobilemamba train`` and ``mobilemamba validate``.
 """
 
 from mobilemamba.training.module import Teacher

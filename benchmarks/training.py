@@ -196,8 +196,8 @@ tell apart.
 
 ## A teacher where there are few labels
 
-{len(parts["rows"])} seeds, each with {LABELS} labelled digits a class of its own, shown {6 * SHOWN} times; the teacher is
-the network above, which has seen all labels. Top-1, mean and 95 % interval: {spread("alone")} % without it,
+{len(parts["rows"])} seeds, each with {LABELS} labelled digits a class of its own, shown {6 * SHOWN} times; the teacher
+is the network above, which has seen all labels. Top-1, mean and 95 % interval: {spread("alone")} % without it,
 {spread("taught")} % with it; the difference within a seed is {spread("difference")}.
 
 ![every seed](distillation.png)

@@ -104,7 +104,7 @@ test-torch: wheel $(CHECK)/stamp
 	$(CHECK)/bin/python -m pip install -q --force-reinstall --no-deps build/wheel/*.whl
 	$(call copy-tests,$(CHECK)/copy)
 	cd $(CHECK)/copy && ../bin/python $(WHICH)
-	cd $(CHECK)/copy && ../bin/python -m pytest $(TESTS)
+	cd $(CHECK)/copy && OMP_WAIT_POLICY=PASSIVE ../bin/python -m pytest -n 2 $(TESTS)
 
 # Preloaded, because python itself is not built with the sanitizers, and libstdc++ with them for their exception hooks.
 # Python and torch keep memory until the process ends, so leaks are not reported. A request for too much memory fails

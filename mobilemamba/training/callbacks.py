@@ -54,7 +54,10 @@ class EveryEpoch(ModelCheckpoint):
 
 
 class KeepBest(Callback):
-    """``best.pth``, the weights of the best validation so far, raw or averaged, for :func:`model_from_checkpoint`."""
+    """``best.pth``, the weights of the best validation so far, for :func:`model_from_checkpoint`.
+
+    Raw or averaged; among equals the averaged ones, and the later.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,8 +67,8 @@ class KeepBest(Callback):
         if trainer.sanity_checking:
             return
         measured = {name: float(trainer.callback_metrics[f"val/top1_{name}"]) for name in SETS}
-        name = max(SETS, key=lambda n: measured[n])
-        if measured[name] <= self.best["top1"]:
+        name = max(SETS, key=lambda n: (measured[n], n == "averaged"))
+        if measured[name] < self.best["top1"]:
             return
         top5 = float(trainer.callback_metrics[f"val/top5_{name}"])
         self.best = {"top1": measured[name], "top5": top5, "weights": name, "epoch": trainer.current_epoch + 1}

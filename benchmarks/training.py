@@ -3,7 +3,7 @@
     python benchmarks/training.py [--output FOLDER] [--seeds 10]
 
 Digits (64×64) by the paper's recipe, shortened; the same network fine-tuned on photographs; what a teacher gives where
-there are few labels; receptive fields before and after training. Needs the extra ``train``. About half an hour on two
+there are few labels; receptive fields at random weights. Needs the extra ``train``. About half an hour on two
 cores. Parts that the folder has already are not run again.
 """
 

@@ -23,6 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from mobilemamba.checkpoints import load_checkpoint
 from mobilemamba.factory import create_model
 from mobilemamba.model import MobileMamba
+from mobilemamba.predict import reason
 from mobilemamba.training.data import Batch, seed_all
 from mobilemamba.training.recipe import Recipe
 
@@ -67,8 +68,7 @@ class Teacher:
             else:
                 network = timm.create_model(name, pretrained=True)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"the teacher {name} cannot be made for {classes} classes: {reason}") from error
+            raise ValueError(f"the teacher {name} cannot be made for {classes} classes: {reason(error)}") from error
         # Asked for another number of classes, timm would give published weights a new classifier, which knows nothing.
         if network.num_classes != classes:
             raise ValueError(
@@ -223,10 +223,10 @@ class Classifier(lightning.LightningModule):
                 metric.reset()
 
     def _note_unreadable(self, batch: Batch) -> None:
-        for reason in batch.unreadable:
-            if reason not in self.unreadable:
-                self.unreadable.append(reason)
-                print(f"skipped {reason}", file=sys.stderr)
+        for why in batch.unreadable:
+            if why not in self.unreadable:
+                self.unreadable.append(why)
+                print(f"skipped {why}", file=sys.stderr)
         if len(self.unreadable) > self.most_unreadable:
             raise RuntimeError(
                 f"{len(self.unreadable)} images cannot be read, more than the {self.most_unreadable} allowed: repair "

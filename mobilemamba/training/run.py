@@ -121,7 +121,7 @@ def train(
         save_every: steps from one saved state to the next within an epoch.
         max_unreadable: images that may fail to be read, in a process, before the run stops.
         accelerator, devices, nodes: Lightning's. Several devices, or "cpu" and a number of processes, train with DDP.
-        profile: measure how long steps wait for images; writes ``profile.txt``.
+        profile: measure how long steps wait for images; writes ``fit-profile.txt``.
         callbacks: more of Lightning's.
         show: called with lines of text.
 

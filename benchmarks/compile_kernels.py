@@ -6,12 +6,13 @@ a kernel spills. ``python benchmarks/compile_kernels.py table FILE…`` makes a 
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def compile_triton(archs: list[int], *matches: str) -> Iterator[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    ptxas = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
+    triton.knobs.compilation.always_compile = True  # what comes from the cache has no log
+    triton.knobs.nvidia.dump_ptxas_log = True
     seen = set()
     for operator in OPERATORS:
         module = importlib.import_module(f"mobilemamba_kernels.triton.{operator}")
@@ -88,15 +90,9 @@ def compile_triton(archs: list[int], *matches: str) -> Iterator[dict[str, Any]]:
                     continue
                 seen.add(key)
                 source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
-                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-                with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-                    file.write(compiled.asm["ptx"])
-                    file.flush()
-                    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])
-                    assert target is not None
-                    command = [str(ptxas), "-v", f"-arch={target[1]}", file.name, "-o", "/dev/null"]
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
-                ((_, used),) = resources(done.stderr)
+                with contextlib.redirect_stdout(io.StringIO()) as log:
+                    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+                ((_, used),) = resources(log.getvalue())
                 row = {"backend": "triton", "kernel": name, "arch": arch, "num_warps": warps, **used}
                 row["shared_bytes"] = compiled.metadata.shared
                 yield row | {"warps": occupancy(used["registers"], arch) // warps * warps}

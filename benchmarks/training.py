@@ -25,31 +25,15 @@ from lightning.pytorch.callbacks import Callback
 
 from mobilemamba import bench, fuse, model_from_checkpoint
 from mobilemamba.checkpoints import write_file
+from mobilemamba.demo import OPTIONS, digits_recipe
 from mobilemamba.training import Recipe, Result, train
 from mobilemamba.training.pictures import BLUE, GREEN, INK, pyplot, save
 from mobilemamba.training.sources import Source, Subset, digits, open_data
 from mobilemamba_kernels import use_backend
 
-NETWORK: dict[str, Any] = {"widths": (48, 64, 80), "depths": (1, 1, 1)}
-SIZE = 64
-# Digits are neither mirrored nor cropped to a twelfth, and have no colours.
-DIGITS: dict[str, Any] = {
-    "options": NETWORK,
-    "image_size": SIZE,
-    "batch_size": 64,
-    "learning_rate": 0.064,
-    "hflip": 0.0,
-    "crop_scale": (0.6, 1.0),
-    "auto_augment": "",
-    "color_jitter": 0.0,
-    "random_erasing": 0.0,
-}
+SIZE, EPOCHS = 64, 30
 LABELS, SHOWN = 10, 10  # images of each class, and how often an epoch, in the study of distillation
 STEPS = 9  # of an epoch that are timed, behind the first one
-
-
-def digits_recipe(**changes: Any) -> Recipe:
-    return Recipe.paper("mobilemamba_t2", **(DIGITS | {"epochs": 30} | changes))
 
 
 def few_labels(source: Source, seed: int) -> Subset:
@@ -87,7 +71,7 @@ def study(folder: Path, teacher_weights: Path, seeds: int) -> list[dict[str, Any
     rows = []
     for seed in range(seeds):
         data = few_labels(train_images, seed), val_images
-        recipe = digits_recipe(epochs=6, batch_size=50, seed=seed)
+        recipe = digits_recipe(image_size=SIZE, epochs=6, batch_size=50, seed=seed)
         row: dict[str, Any] = {"seed": seed}
         for name, options in (("alone", {}), ("taught", {"teacher": teacher})):
             row[name] = run(folder / f"{name}-{seed}", data, recipe, show=lambda line: None, **options)[
@@ -179,7 +163,7 @@ weights after the last epoch, on images that were not trained on.
 
 ## Digits, 64×64
 
-A network of {NETWORK["widths"]} channels, 30 epochs of the paper's recipe without mirroring and colours:
+A network of {OPTIONS["widths"]} channels, {EPOCHS} epochs of the paper's recipe without mirroring and colours:
 {digits_run["last epoch's top1"]:.2f} % (the best epoch had {digits_run["top1"]:.2f} %, and validates with
 {validated["top1"]:.2f} % as optimized network). {100 * digits_run["waiting"]:.1f} % of the steps' time was waiting.
 
@@ -229,17 +213,17 @@ def main() -> None:
         subprocess.run([sys.executable, str(script), str(images)], check=True)
         subprocess.run([sys.executable, str(script), str(images / "large"), "--size", "384"], check=True)
 
-    learnt = run(runs / "digits", digits(), digits_recipe(), profile=True)
+    learnt = run(runs / "digits", digits(), digits_recipe(image_size=SIZE, epochs=EPOCHS), profile=True)
     weights = runs / "digits" / "best.pth"
     validated = json.loads(
         command("validate", images / "digits", "--checkpoint", weights, "--output", report / "confusion.png", "--json")
     )
     recipe = Recipe.finetune(
-        "mobilemamba_t2", str(weights), options=NETWORK, image_size=SIZE, epochs=15, batch_size=16, learning_rate=0.064
+        "mobilemamba_t2", str(weights), options=OPTIONS, image_size=SIZE, epochs=15, batch_size=16, learning_rate=0.064
     )
     tuned = run(runs / "photos", images / "photos", recipe, val_fraction=0.3)
-    scratch = run(runs / "photos-scratch", images / "photos", digits_recipe(epochs=15, batch_size=16, hflip=0.5),
-                  val_fraction=0.3)  # fmt: skip
+    recipe = digits_recipe(image_size=SIZE, epochs=15, batch_size=16, hflip=0.5)
+    scratch = run(runs / "photos-scratch", images / "photos", recipe, val_fraction=0.3)
     steps = speed(runs / "speed", images / "large" / "photos")
     rows = study(runs / "study", weights, options.seeds)
     draw_study(rows, report / "distillation.png")

@@ -207,7 +207,7 @@ def _check(model: MobileMamba, path: str | os.PathLike[str], state: dict[str, Te
         listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
         remedy = ""
         if any(name.startswith("head.l") for name in faults["of another shape"]):
-            remedy = "; give the number of classes of the checkpoint, or adapt_head=True to keep the model's head"
+            remedy = "; give the number of classes of the checkpoint, or load it with adapt_head=True"
         raise ValueError(f"{path} does not fit the model: {listed}{remedy}")
     for name in shared:
         # The operators have the Haar wavelet built in, so weights trained with another one would go wrong in silence.

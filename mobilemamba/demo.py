@@ -34,24 +34,24 @@ SIZE = 128  # the stem has stride 16: 8×8 positions in the first stage, one for
 OPTIONS: dict[str, Any] = {"widths": (48, 64, 80), "depths": (1, 1, 1)}
 
 
-def recipe(epochs: int) -> Recipe:
+def digits_recipe(**changes: Any) -> Recipe:
     """The paper's in small. Digits are neither mirrored nor cropped to a twelfth, and have no colours."""
-    return Recipe.paper(
-        "mobilemamba_t2",
-        options=OPTIONS,
-        in_chans=1,
-        image_size=SIZE,
-        epochs=epochs,
-        batch_size=64,
-        learning_rate=0.064,
-        mixup=0.0,
-        cutmix=0.0,
-        auto_augment="",
-        color_jitter=0.0,
-        random_erasing=0.0,
-        crop_scale=(0.6, 1.0),
-        hflip=0.0,
-    )
+    fields: dict[str, Any] = {
+        "options": OPTIONS,
+        "batch_size": 64,
+        "learning_rate": 0.064,
+        "auto_augment": "",
+        "color_jitter": 0.0,
+        "random_erasing": 0.0,
+        "crop_scale": (0.6, 1.0),
+        "hflip": 0.0,
+    }
+    return Recipe.paper("mobilemamba_t2", **(fields | changes))
+
+
+def recipe(epochs: int) -> Recipe:
+    """Of whole scans, which are few and need no mixing."""
+    return digits_recipe(in_chans=1, image_size=SIZE, epochs=epochs, mixup=0.0, cutmix=0.0)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -89,6 +90,12 @@ def prepare_image(image: Image.Image, cfg: Mapping[str, Any]) -> np.ndarray:
     channels, height, width = cfg["input_size"]
     # The scale that brings the short side to size / crop_pct, rounded as torchvision does.
     scale = max(int(height / cfg["crop_pct"]) / image.height, int(width / cfg["crop_pct"]) / image.width)
+    # Only the middle of a long strip is enlarged, as all of it might take gigabytes.
+    across, down = (
+        min(n, 8 * math.ceil(wanted / scale) + n % 2) for n, wanted in ((image.width, width), (image.height, height))
+    )
+    before, above = (image.width - across) // 2, (image.height - down) // 2
+    image = image.crop((before, above, before + across, above + down))
     size = max(width, int(image.width * scale + 1e-6)), max(height, int(image.height * scale + 1e-6))
     image = image.resize(size, Image.Resampling[cfg["interpolation"].upper()])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)

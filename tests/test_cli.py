@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -271,6 +272,17 @@ def test_transform_is_the_recipes(size):
     found = prediction.prepare_image(image, cfg)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.transpose(2, 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_001, 2)])
+def test_long_strips_take_little_memory(size):
+    image = Image.new("RGB", size, "red")
+    cfg = mobilemamba.create_model("mobilemamba_s6").default_cfg
+    red = ((1, 0, 0) - np.array(cfg["mean"])) / np.array(cfg["std"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = prediction.prepare_image(image, cfg)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB; whole it would be 19 GB
+    np.testing.assert_allclose(found, np.broadcast_to(red[:, None, None], found.shape), atol=1e-5)
 
 
 def test_batches_and_order_do_not_matter(photos, checkpoint):

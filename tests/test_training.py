@@ -327,6 +327,10 @@ def test_unreadable_images_are_counted_and_stop_the_run_over_the_limit(tmp_path)
     assert result.unreadable == 8
     with pytest.raises(RuntimeError, match="more than the 3 allowed"):
         train(torn, chosen, tmp_path / "few", max_unreadable=3, **QUIET)
+    nothing = Torn(images[:1], np.array([1]), list("abcd"))
+    nothing.open = lambda index: Torn.open(nothing, 1)
+    with pytest.raises(RuntimeError, match="no validation image can be read, such as image 0: truncated"):
+        train((torn[0], nothing), chosen, tmp_path / "none", **QUIET)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])

@@ -64,8 +64,6 @@ class KeepBest(Callback):
         self.best: dict[str, Any] = {"top1": -1.0}
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking:
-            return
         measured = {name: float(trainer.callback_metrics[f"val/top1_{name}"]) for name in SETS}
         name = max(SETS, key=lambda n: (measured[n], n == "averaged"))
         if measured[name] < self.best["top1"]:

@@ -143,6 +143,19 @@ class TrainingLoader(DataLoader):
         self.position = state["position"]
 
 
+def steps_an_epoch(images: int, batch_size: int, processes: int) -> int:
+    """Batches that each process takes.
+
+    Raises:
+        ValueError: there are fewer images than a batch for every process takes.
+    """
+    if images < batch_size * processes:
+        raise ValueError(
+            f"{images} training images are fewer than a step's {batch_size} × {processes}: lower the batch size"
+        )
+    return images // (batch_size * processes)
+
+
 class _Batches:
     """A process's batches of an epoch, as lists of (batch's number, epoch, index)."""
 
@@ -150,13 +163,10 @@ class _Batches:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.processes = rank, processes
         self.position = 0
-        if not len(self):
-            raise ValueError(
-                f"{count} training images are fewer than a step's {batch_size} × {processes}: lower the batch size"
-            )
+        self._steps = steps_an_epoch(count, batch_size, processes)
 
     def __len__(self) -> int:
-        return self.count // (self.batch_size * self.processes)
+        return self._steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, start = divmod(self.position, len(self))
@@ -178,6 +188,18 @@ def collate(items: list[tuple[Tensor | None, int, list[str], int]]) -> Batch:
         numbers[0],
         [why for whys in unreadable for why in whys],
     )
+
+
+def check_unreadable(unreadable: list[str], most: int) -> None:
+    """
+    Raises:
+        RuntimeError: more than ``most`` images cannot be read.
+    """
+    if len(unreadable) > most:
+        raise RuntimeError(
+            f"{len(unreadable)} images cannot be read, more than the {most} allowed: repair them, or allow more with "
+            "--max-unreadable"
+        )
 
 
 def collate_readable(items: list[tuple[Tensor | None, int, str]]) -> Batch:

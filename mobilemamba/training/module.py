@@ -24,7 +24,7 @@ from mobilemamba.checkpoints import load_checkpoint
 from mobilemamba.factory import create_model
 from mobilemamba.model import MobileMamba
 from mobilemamba.predict import reason
-from mobilemamba.training.data import Batch, seed_all
+from mobilemamba.training.data import Batch, check_unreadable, seed_all
 from mobilemamba.training.recipe import Recipe
 
 
@@ -204,10 +204,14 @@ class Classifier(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.average.update(self.network, self.global_step + 1)
 
+    def on_validation_epoch_start(self) -> None:
+        self.validated = 0
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         self._note_unreadable(batch)
         if not len(batch.labels):
             return
+        self.validated += len(batch.labels)
         for name, network in (("raw", self.network), ("averaged", self.average.module)):
             logits = network(batch.images).float()
             of_set: Any = self.measures[name]
@@ -216,6 +220,8 @@ class Classifier(lightning.LightningModule):
             of_set["top5"].update(logits, batch.labels)
 
     def on_validation_epoch_end(self) -> None:
+        if not self.trainer.strategy.reduce(torch.tensor(self.validated, device=self.device), reduce_op="sum"):
+            raise RuntimeError(f"no validation image can be read, such as {self.unreadable[-1]}: repair the data")
         for name, of_set in self.measures.items():
             for measure, metric in of_set.items():  # type: ignore[operator]
                 value = metric.compute() * (1 if measure == "loss" else 100)
@@ -227,11 +233,7 @@ class Classifier(lightning.LightningModule):
             if why not in self.unreadable:
                 self.unreadable.append(why)
                 print(f"skipped {why}", file=sys.stderr)
-        if len(self.unreadable) > self.most_unreadable:
-            raise RuntimeError(
-                f"{len(self.unreadable)} images cannot be read, more than the {self.most_unreadable} allowed: repair "
-                "them, or allow more with --max-unreadable"
-            )
+        check_unreadable(self.unreadable, self.most_unreadable)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["unreadable"] = self.unreadable

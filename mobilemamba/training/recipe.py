@@ -119,7 +119,7 @@ class Recipe:
         """The paper's: 300 epochs, 1000 with a teacher; in fewer the warm-up keeps its share."""
         epochs = changes.get("epochs", 1000 if changes.get("teacher") else 300)
         warmup = min(20.0, epochs * 20 / 300) if _is_number(epochs) else 0
-        return _make(cls, {"model": model, "epochs": epochs, "warmup_epochs": warmup} | changes)
+        return cls.from_dict({"model": model, "epochs": epochs, "warmup_epochs": warmup} | changes)
 
     @classmethod
     def finetune(cls, model: str, checkpoint: str, **changes: Any) -> Recipe:
@@ -139,7 +139,7 @@ class Recipe:
             "random_erasing": 0.0,
             "crop_scale": (0.35, 1.0),
         }
-        return _make(cls, defaults | changes)
+        return cls.from_dict(defaults | changes)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -147,7 +147,11 @@ class Recipe:
         Raises:
             TypeError, ValueError: a name or a value is not possible.
         """
-        return _make(cls, values)
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise TypeError(f"a recipe has no {name!r}; it has {', '.join(known)}")
+        return cls(**values)
 
 
 _RANGES = (
@@ -166,11 +170,3 @@ _RANGES = (
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _make(cls: type[Recipe], values: dict[str, Any]) -> Recipe:
-    known = [entry.name for entry in dataclasses.fields(cls)]
-    for name in values:
-        if name not in known:
-            raise TypeError(f"a recipe has no {name!r}; it has {', '.join(known)}")
-    return cls(**values)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from mobilemamba.checkpoints import write_file
 from mobilemamba.training.callbacks import AtomicCheckpointIO, Bar, EveryEpoch, History, KeepBest, KeepLast
-from mobilemamba.training.data import default_workers, training_loader, validation_loader
+from mobilemamba.training.data import default_workers, steps_an_epoch, training_loader, validation_loader
 from mobilemamba.training.module import Classifier, Teacher, build_network
 from mobilemamba.training.pictures import draw_history
 from mobilemamba.training.recipe import Recipe
@@ -178,13 +178,8 @@ def train(
         )
     processes = trainer.num_devices * trainer.num_nodes
     images_per_step = recipe.batch_size * processes * recipe.accumulate
-    batches = len(sources[0].labels) // (recipe.batch_size * processes)
+    batches = steps_an_epoch(len(sources[0].labels), recipe.batch_size, processes)
     steps = -(-batches // recipe.accumulate) * recipe.epochs
-    if not batches:
-        raise ValueError(
-            f"{len(sources[0].labels)} training images are fewer than a step's {recipe.batch_size * processes}: lower "
-            "the batch size"
-        )
     module = Classifier(network, recipe, steps, images_per_step, learnt_from, max_unreadable)
     if trainer.is_global_zero and not state.exists():
         folder.mkdir(parents=True, exist_ok=True)

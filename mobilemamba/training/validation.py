@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from mobilemamba.model import MobileMamba
-from mobilemamba.training.data import default_workers, validation_loader
+from mobilemamba.training.data import check_unreadable, default_workers, validation_loader
 from mobilemamba.training.sources import Source, numbers
 
 
@@ -111,11 +111,7 @@ def validate(
                 metric.update(logits, labels[-1])
         unreadable += batch.unreadable
         progress(len(batch.labels) + len(batch.unreadable), batch.unreadable)
-        if len(unreadable) > max_unreadable:
-            raise RuntimeError(
-                f"{len(unreadable)} images cannot be read, more than the {max_unreadable} allowed: repair the data, or "
-                "allow more with --max-unreadable"
-            )
+        check_unreadable(unreadable, max_unreadable)
     if not labels:
         raise RuntimeError(f"none of the {len(unreadable)} images can be read, the first one {unreadable[0]}")
     whole = time.perf_counter() - start

@@ -522,8 +522,8 @@ def alignment(*tiles: Tensor | None) -> int:
     return math.gcd(RUN, given[0].shape[-1], *outer)
 
 
-def _config(scan: Scan, longest: int) -> tuple[int, int, int]:
-    """Channels and runs of a tile, and warps: 16 elements a thread where 512 threads suffice.
+def _config(scan: Scan, longest: int, most_warps: int) -> tuple[int, int, int]:
+    """Channels and runs of a tile, and warps: 8 elements a thread where ``most_warps`` suffice.
 
     At least 32 bytes of channels where they lie side by side, a sector of memory, and more threads than runs (_row).
     """
@@ -531,7 +531,7 @@ def _config(scan: Scan, longest: int) -> tuple[int, int, int]:
     sector = 32 // scan.u.element_size() if scan.u.stride(2) == 1 else 8
     positions = max(triton.next_power_of_2(length), 16) if length <= longest else 256
     channels = min(max(sector, 2048 // positions), 64, triton.next_power_of_2(dim // scan.groups))
-    return channels, positions // RUN, min(max(channels * positions // 512, 1), 16)
+    return channels, positions // RUN, min(max(channels * positions // 256, 1), most_warps)
 
 
 def _grid(scan: Scan, channels: int, runs: int) -> tuple[int, int, tuple[int, int, int, int]]:
@@ -577,7 +577,7 @@ def _states_between_chunks(
 
 def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
     """Write the scan's result to out (batch, dim, L), and its last state to ``last`` (batch, dim, N), contiguous."""
-    config = channels, runs, warps = _config(scan, longest=1024)
+    config = channels, runs, warps = _config(scan, longest=1024, most_warps=16)
     programs, _, sizes = _grid(scan, channels, runs)
     entering = _states_between_chunks(scan, config, adjoint=False)
     u, delta, A, B, C, D, z, bias, softplus, shared, weight = scan
@@ -610,7 +610,7 @@ def run_backward(
         grad: of the result, (batch, dim, L).
         grad_last: of the last state, (batch, dim, N), contiguous.
     """
-    config = channels, runs, warps = _config(scan, longest=256)
+    config = channels, runs, warps = _config(scan, longest=256, most_warps=8)  # a thread needs more than 128 registers
     programs, per_group, sizes = _grid(scan, channels, runs)
     entering = _states_between_chunks(scan, config, adjoint=False)
     adjoint = _states_between_chunks(scan, config, adjoint=True, grad=grad, initial=grad_last)

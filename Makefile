@@ -74,10 +74,10 @@ test-full: build
 # The kernels for GPUs, without one. Threads and interpreters are slow: PART is the selection.
 ALL := not benchmark and not exports and not twice and not identity and not threads
 PART := ((forward_and_gradients and float32 and channels_last) or (forward_and_gradients and bfloat16 and channels_first) \
-	or (result_and_state and not True) or (opcheck and not everywhere) or non_finite or every_element) \
+	or (result_and_state and not True) or (opcheck and not everywhere) or non_finite or every_element or chunks or one_kernel) \
 	and not benchmark and not N256 and not 300
-SMALL := (forward_and_gradients or (result_and_state and not True)) \
-	and ((float32 and channels_last) or (bfloat16 and channels_first and not scan and not ss2d and not wavelet)) \
+SMALL := (chunks or one_kernel or forward_and_gradients or (result_and_state and not True)) \
+	and (one_kernel or (float32 and channels_last) or (bfloat16 and channels_first and not scan and not ss2d and not wavelet)) \
 	and not benchmark and not N256 and not 300 and not 37x and not x37 and not levels
 SANITIZER :=
 runtime = $(shell $(CXX) -print-file-name=lib$1.so)
@@ -92,7 +92,7 @@ test-cuda: .env-dev/stamp
 
 test-triton: .env-dev/stamp
 	TRITON_INTERPRET=1 MOBILEMAMBA_BACKEND=triton $(PYTEST) tests/test_ops.py tests/test_updates.py \
-		tests/test_triton_scan.py -k '$(PART)'
+		tests/test_triton.py -k '$(PART)'
 
 # Tests of an installed or separately built package run from a copy of tests/, beside which there is no source. First
 # comes which package and torch they get; without the compiled part its import warns, which is an error here.

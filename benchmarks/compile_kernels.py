@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -76,26 +77,28 @@ def compile_triton(archs: list[int], *matches: str) -> Iterator[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from mobilemamba_kernels.triton import _launch
+
     triton.knobs.compilation.always_compile = True  # what comes from the cache has no log
     triton.knobs.nvidia.dump_ptxas_log = True
     seen = set()
-    for operator in OPERATORS:
+    for arch, operator in itertools.product(archs, OPERATORS):
+        _launch.compiled_for = arch
         module = importlib.import_module(f"mobilemamba_kernels.triton.{operator}")
         for name, kernel, signature, constants, multiples, warps in module.configurations():
             if not all(match in name for match in matches):
                 continue
-            for arch in archs:
-                key = (kernel.fn.__name__, str(signature), str(constants), str(multiples), warps, arch)
-                if key in seen:
-                    continue
-                seen.add(key)
-                source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
-                with contextlib.redirect_stdout(io.StringIO()) as log:
-                    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-                ((_, used),) = resources(log.getvalue())
-                row = {"backend": "triton", "kernel": name, "arch": arch, "num_warps": warps, **used}
-                row["shared_bytes"] = compiled.metadata.shared
-                yield row | {"warps": occupancy(used["registers"], arch) // warps * warps}
+            key = (kernel.fn.__name__, str(signature), str(constants), str(multiples), warps, arch)
+            if key in seen:
+                continue
+            seen.add(key)
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
+            with contextlib.redirect_stdout(io.StringIO()) as log:
+                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+            ((_, used),) = resources(log.getvalue())
+            row = {"backend": "triton", "kernel": name, "arch": arch, "num_warps": warps, **used}
+            row["shared_bytes"] = compiled.metadata.shared
+            yield row | {"warps": occupancy(used["registers"], arch) // warps * warps}
 
 
 def table(files: list[Path]) -> str:

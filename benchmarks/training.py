@@ -219,11 +219,18 @@ def main() -> None:
         command("validate", images / "digits", "--checkpoint", weights, "--output", report / "confusion.png", "--json")
     )
     recipe = Recipe.finetune(
-        "mobilemamba_t2", str(weights), options=OPTIONS, image_size=SIZE, epochs=15, batch_size=16, learning_rate=0.064
+        "mobilemamba_t2",
+        str(weights),
+        options=OPTIONS,
+        image_size=SIZE,
+        epochs=15,
+        batch_size=16,
+        learning_rate=0.064,
+        val_fraction=0.3,
     )
-    tuned = run(runs / "photos", images / "photos", recipe, val_fraction=0.3)
-    recipe = digits_recipe(image_size=SIZE, epochs=15, batch_size=16, hflip=0.5)
-    scratch = run(runs / "photos-scratch", images / "photos", recipe, val_fraction=0.3)
+    tuned = run(runs / "photos", images / "photos", recipe)
+    recipe = digits_recipe(image_size=SIZE, epochs=15, batch_size=16, hflip=0.5, val_fraction=0.3)
+    scratch = run(runs / "photos-scratch", images / "photos", recipe)
     steps = speed(runs / "speed", images / "large" / "photos")
     rows = study(runs / "study", weights, options.seeds)
     draw_study(rows, report / "distillation.png")

@@ -138,7 +138,7 @@ def predict(
     type=click.Path(dir_okay=False, path_type=Path),
     default="confusion.png",
     show_default=True,
-    help="Picture of the confusions, PNG.",
+    help="Picture of the confusions.",
 )
 @_dtype_option
 @click.option("--device", default="cpu", show_default=True, help="Where to compute, such as cuda or cuda:1.")
@@ -165,10 +165,10 @@ def validate(
     from mobilemamba.bench import environment
 
     with _sentences(), _extra("train"):
+        from mobilemamba.erf import check_picture
         from mobilemamba.training import open_images, pictures, validation
 
-        if not output.parent.is_dir():
-            raise ValueError(f"there is no folder {output.parent} for the picture")
+        check_picture(output)
         place, source = _device(device), open_images(data)
         if model is None:
             network = mobilemamba.model_from_checkpoint(checkpoint)
@@ -284,8 +284,7 @@ def _device(name: str) -> torch.device:
 @click.option("--seed", type=click.IntRange(0), help="[default: 0]")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field of the recipe.")
 @click.option("--recipe", type=click.Path(exists=True), help="Start from the recipe.json of another run.")
-@click.option("--val-fraction", type=click.FloatRange(0, 1, True, True), default=0.1, show_default=True,
-              help="Share to validate on, where DATA has none.")  # fmt: skip
+@click.option("--val-fraction", type=float, help="Share to validate on, where DATA has none [default: 0.1].")
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images [default: a processor each, to 8].")
 @click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between states.")
 @click.option("--max-unreadable", type=click.IntRange(0), default=100, show_default=True, help="Images that may fail.")
@@ -302,7 +301,6 @@ def train(
     compiled: bool | None,
     settings: tuple[str, ...],
     recipe: str | None,
-    val_fraction: float,
     workers: int | None,
     save_every: int,
     max_unreadable: int,
@@ -330,7 +328,7 @@ def train(
             raise ValueError(f"the recipe of the run in {output} stands: leave out what changes it, or --resume")
         chosen = training.load_recipe(output) if begun else recipe_from(changes, settings, checkpoint, recipe)
         result = training.train(
-            data, chosen, output, resume=resume, val_fraction=val_fraction, workers=workers, save_every=save_every,
+            data, chosen, output, resume=resume, workers=workers, save_every=save_every,
             max_unreadable=max_unreadable, accelerator=accelerator, nodes=nodes, profile=profile,
             devices=int(devices) if devices.isdecimal() else devices,
         )  # fmt: skip
@@ -586,6 +584,8 @@ def ablate(
             harness.refuse_fallback()
         rows = ablations.rows(study, model)
         results: list[dict[str, float] | None] = [None] * len(rows)
+        if teacher and not any(row.distillation for row in rows):
+            raise ValueError(f"no row of {study} learns from a teacher: leave out --teacher")
         if data is not None:
             changes: dict[str, Any] = {"teacher": teacher or "", "teacher_checkpoint": teacher_checkpoint or ""}
             changes |= {"seed": seed or 0} | ({"batch_size": batch_size} if batch_size else {})

@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,13 +82,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(whole, tmp_path):
     stops = [
         ("batch", "8", "SIGKILL"),  # behind a saved state
         ("batch", "4", "SIGTERM"),
+        ("batch", "2", "SIGINT"),
         ("validation", "1", "SIGKILL"),  # of the first epoch
         ("writing", "3", "SIGKILL"),  # of the state after the second
     ]
     for hook, count, signal in stops:
         stopped = run(tmp_path, "--stop", hook, count, signal)
-        assert stopped.returncode == (1 if signal == "SIGTERM" else -9), stopped.stderr
-        assert ("stopped by SIGTERM: resume" in stopped.stderr) == (signal == "SIGTERM")
+        assert stopped.returncode == (-9 if signal == "SIGKILL" else 1), stopped.stderr
+        assert ("stopped: resume" in stopped.stderr) == (signal != "SIGKILL")
     finished = run(tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert losses(tmp_path) == losses(whole[0])
@@ -128,6 +130,21 @@ def test_two_processes_are_one_that_averages_the_gradients_of_two_batches(tmp_pa
     assert same_state(*weights)  # but for the statistics: each process has those of its own batches
     assert rows(divided)[0]["train_loss"] == rows(alone)[0]["train_loss"]
     assert rows(divided)[0]["steps"] == rows(alone)[0]["steps"]
+    refused = run(divided)
+    assert "holds a run of 2 processes, not 1: resume it with as many" in refused.stderr
+    # A state holds no gradients: it is not saved between the batches of a step.
+    cut = tmp_path / "cut"
+    for count in ("11", "2"):
+        assert run(cut, "--accumulate", "2", "--stop", "batch", count, "SIGKILL").returncode == -9
+    assert run(cut, "--accumulate", "2").returncode == 0
+    assert same_state(state(cut)["state_dict"], state(alone)["state_dict"])
+    assert rows(cut) == rows(alone)
+
+
+def test_processes_end_together(tmp_path):
+    failed = run(tmp_path, "--devices", "2", "--stop", "batch", "3", "ERROR")
+    assert failed.returncode != 0
+    assert "of the second process" in failed.stderr
 
 
 def test_what_a_run_leaves_behind(whole):
@@ -333,6 +350,35 @@ def test_unreadable_images_are_counted_and_stop_the_run_over_the_limit(tmp_path)
         train((torn[0], nothing), chosen, tmp_path / "none", **QUIET)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        (lambda images: images.mean((1, 2, 3))[:, None], r"shape \(8, 10\), but gives \(8, 1\)"),
+        (lambda images: (images,), "but gives tuple"),
+        (lambda images: torch.full((8, 10), torch.nan), "the teacher's logits are not finite"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused(teacher, words, tmp_path):
+    with pytest.raises((ValueError, FloatingPointError), match=words):
+        train(sources(), recipe(epochs=1), tmp_path, teacher=teacher, **QUIET)
+
+
+def test_runs_that_cannot_be_are_refused(whole, tmp_path):
+    for options, changes, words in [
+        ({"devices": 0}, {}, "these devices cannot be used"),
+        ({}, {"two_heads": True}, "two_heads needs a teacher"),
+        ({}, {"auto_augment": "nonsense"}, "auto_augment must be a name that timm knows"),
+        ({"devices": 2}, {"batch_size": 60}, "100 training images are fewer than a step's 60 × 2"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            train(sources(), recipe(epochs=1, **changes), tmp_path, **(QUIET | options))
+    for name in ("recipe.json", "last.ckpt"):
+        shutil.copy(whole[0] / name, tmp_path / name)
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged: remove it to begin the run anew"):
+        train(sources(), recipe(), tmp_path, resume=True, **QUIET)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
 def test_lower_precision(precision, tmp_path):
     result = train(sources(), recipe(epochs=1, precision=precision), tmp_path, **QUIET)
@@ -354,7 +400,12 @@ def test_recipes():
         ({"warmup_epochs": 400.0}, ValueError, "warmup_epochs must be at most the 300 epochs"),
         ({"precision": "8"}, ValueError, "precision must be 32-true, bf16-mixed, 16-mixed"),
         ({"crop_scale": (0.5,)}, TypeError, "crop_scale must be like"),
-        ({"betas": (0.9, 1.5)}, ValueError, "betas must be from 0 to 1"),
+        ({"betas": (0.9, 1)}, ValueError, "betas must be from 0 to 0.999999"),
+        ({"options": [1]}, TypeError, r"options must be like \{\}"),
+        ({"in_chans": 2}, ValueError, "in_chans must be 1"),
+        ({"crop_scale": (1, 0.5)}, ValueError, "crop_scale must be two areas, the smaller first"),
+        ({"batch_size": 7}, ValueError, "batch_size must be even where images are mixed, but is 7"),
+        ({"teacher_checkpoint": "t.pth"}, ValueError, "teacher_checkpoint t.pth needs a teacher"),
         ({"compile": 1}, TypeError, "compile must be like False"),
     ]:
         with pytest.raises(error, match=words):

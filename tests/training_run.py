@@ -39,6 +39,10 @@ class Watch(Callback):
     def _reach(self, hook):
         self.counts[hook] = self.counts.get(hook, 0) + 1
         if self.stop and (hook, self.counts[hook]) == (self.stop[0], int(self.stop[1])):
+            if self.stop[2] == "ERROR":
+                if os.environ.get("LOCAL_RANK", "0") != "0":
+                    raise RuntimeError("of the second process")
+                return
             os.kill(os.getpid(), getattr(signal, self.stop[2]))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):

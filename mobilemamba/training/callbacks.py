@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,7 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from mobilemamba.checkpoints import save_checkpoint, write_file
 
@@ -38,11 +43,10 @@ class KeepLast(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loop = trainer.fit_loop.epoch_loop
-        if loop.batch_progress.is_last_batch:
+        if loop.batch_progress.is_last_batch or loop._should_accumulate():  # a state holds no gradients
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        # Several processes may learn of the signal in different steps: they go back to the last regular state.
-        if trainer.received_sigterm and trainer.world_size == 1 and not loop._should_accumulate():
+        if trainer.received_sigterm:
             trainer.save_checkpoint(Path(self.dirpath or "", "last.ckpt"))
 
 
@@ -51,6 +55,36 @@ class EveryEpoch(ModelCheckpoint):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+class StopTogether(Callback):
+    """Several processes end at once when one of them fails or is stopped, and go on from the last regular state.
+
+    Lightning's own handler of SIGTERM waits for the other processes, which may be dead.
+
+    Args:
+        said: what is said of a signal.
+    """
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: self._stop(trainer))
+
+    def _stop(self, trainer: lightning.Trainer) -> None:
+        print(self.said, file=sys.stderr, flush=True)
+        self._end_others(trainer)
+        os._exit(128 + signal.SIGTERM)
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._end_others(trainer)
+
+    def _end_others(self, trainer: lightning.Trainer) -> None:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)
 
 
 class KeepBest(Callback):

@@ -24,6 +24,8 @@ def recipe_from(
         except json.JSONDecodeError:
             values[name] = text
     if recipe_file is not None:
+        if "model" in values:
+            values = {"image_size": 0} | values
         return Recipe.from_dict(dataclasses.asdict(load_recipe(recipe_file)) | values)
     model = values.pop("model", "mobilemamba_s6")
     return Recipe.paper(model, **values) if checkpoint is None else Recipe.finetune(model, checkpoint, **values)

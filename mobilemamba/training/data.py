@@ -98,10 +98,10 @@ class TrainingLoader(DataLoader):
     Whoever takes them counts it up.
 
     The images of an epoch are shuffled; batch after batch goes to the first process, the second, and so on. What is
-    left at the end, too little for a batch a process, waits for another epoch.
+    left at the end, too little for a step of ``accumulate`` batches a process, waits for another epoch.
 
     Raises:
-        ValueError: there are fewer images than a batch for every process takes.
+        ValueError: there are fewer images than a step takes.
         OSError: from the iteration: a hundred images in a row cannot be read.
     """
 
@@ -113,9 +113,10 @@ class TrainingLoader(DataLoader):
         rank: int,
         processes: int,
         workers: int,
+        accumulate: int = 1,
         **options: Any,
     ) -> None:
-        self._batches = _Batches(len(images), batch_size, seed, rank, processes)
+        self._batches = _Batches(len(images), batch_size, seed, rank, processes, accumulate)
         super().__init__(images, batch_sampler=self._batches, num_workers=workers, collate_fn=collate, **options)
 
     @property
@@ -143,30 +144,31 @@ class TrainingLoader(DataLoader):
         self.position = state["position"]
 
 
-def steps_an_epoch(images: int, batch_size: int, processes: int) -> int:
-    """Batches that each process takes.
+def steps_an_epoch(images: int, batch_size: int, processes: int, accumulate: int) -> int:
+    """Optimizer steps, of ``accumulate`` batches in each process.
 
     Raises:
-        ValueError: there are fewer images than a batch for every process takes.
+        ValueError: there are fewer images than one takes.
     """
-    if images < batch_size * processes:
+    if images < batch_size * processes * accumulate:
         raise ValueError(
-            f"{images} training images are fewer than a step's {batch_size} × {processes}: lower the batch size"
+            f"{images} training images are fewer than a step's {batch_size} × {processes * accumulate}: lower the "
+            "batch size"
         )
-    return images // (batch_size * processes)
+    return images // (batch_size * processes * accumulate)
 
 
 class _Batches:
     """A process's batches of an epoch, as lists of (batch's number, epoch, index)."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int, processes: int) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, processes: int, accumulate: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.processes = rank, processes
         self.position = 0
-        self._steps = steps_an_epoch(count, batch_size, processes)
+        self._length = steps_an_epoch(count, batch_size, processes, accumulate) * accumulate
 
     def __len__(self) -> int:
-        return self._steps
+        return self._length
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, start = divmod(self.position, len(self))
@@ -223,24 +225,29 @@ def training_loader(
     Args:
         cfg: the network's ``default_cfg``.
     """
-    transform = create_transform(
-        recipe.image_size,
-        is_training=True,
-        scale=recipe.crop_scale,
-        hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment or None,
-        interpolation=cfg["interpolation"],
-        mean=cfg["mean"],
-        std=cfg["std"],
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-    )
+    try:
+        transform = create_transform(
+            recipe.image_size,
+            is_training=True,
+            scale=recipe.crop_scale,
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment or None,
+            interpolation=cfg["interpolation"],
+            mean=cfg["mean"],
+            std=cfg["std"],
+            re_prob=recipe.random_erasing,
+            re_mode="pixel",
+        )
+    except Exception as error:  # timm asserts
+        raise ValueError(f"auto_augment must be a name that timm knows, but is {recipe.auto_augment!r}") from error
     for operation in (op for part in transform.transforms for op in getattr(part, "ops", ())):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
     images = DistortedImages(source, transform, recipe.in_chans, recipe.seed)
-    return TrainingLoader(images, recipe.batch_size, recipe.seed, rank, processes, workers, **options)
+    return TrainingLoader(
+        images, recipe.batch_size, recipe.seed, rank, processes, workers, recipe.accumulate, **options
+    )
 
 
 def validation_loader(

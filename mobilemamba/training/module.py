@@ -138,7 +138,6 @@ class Classifier(lightning.LightningModule):
             )
         self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.train_loss = MeanMetric()
-        self.train_loss.persistent(True)  # of an epoch that is interrupted
         self.measures = nn.ModuleDict({name: _measures(classes) for name in ("raw", "averaged")})
         self.most_unreadable = unreadable
         self.unreadable: list[str] = []  # names, and why
@@ -186,12 +185,18 @@ class Classifier(lightning.LightningModule):
         loss = self.loss(logits.float(), targets)
         if self.teacher is not None:
             t = self.recipe.distill_temperature
-            wanted = self.teacher(images, self.network.default_cfg).float()
+            wanted = self.teacher(images, self.network.default_cfg)
+            if not isinstance(wanted, Tensor) or wanted.shape != logits.shape:
+                given = tuple(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
+                raise ValueError(f"the teacher must give logits of shape {tuple(logits.shape)}, but gives {given}")
+            wanted = wanted.float()
             distance = F.kl_div(
                 (taught.float() / t).log_softmax(1), (wanted / t).log_softmax(1), reduction="batchmean", log_target=True
             )
             loss = loss + self.recipe.distill_weight * t * t * distance
         if not loss.isfinite():
+            if self.teacher is not None and not wanted.isfinite().all():
+                raise FloatingPointError(f"the teacher's logits are not finite in step {self.global_step}")
             raise FloatingPointError(
                 f"the loss is {loss.item()} in step {self.global_step}: lower the learning rate, or use 32-true"
             )
@@ -206,6 +211,9 @@ class Classifier(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.validated = 0
+        if self.trainer.world_size > 1:  # all measure the network that the first process saves
+            for buffer in (*self.network.buffers(), *self.average.buffers()):
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         self._note_unreadable(batch)
@@ -237,9 +245,14 @@ class Classifier(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["unreadable"] = self.unreadable
+        # Of all processes, in an epoch that may be interrupted.
+        sums = torch.stack((self.train_loss.mean_value, self.train_loss.weight)).to(self.device)
+        checkpoint["train_loss"] = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.unreadable = checkpoint["unreadable"]
+        if self.trainer.is_global_zero:
+            self.train_loss.mean_value, self.train_loss.weight = checkpoint["train_loss"].to(self.device)
 
 
 def _measures(classes: int) -> nn.ModuleDict:

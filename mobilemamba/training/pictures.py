@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=150, facecolor="white", bbox_inches="tight"))
+    """In the format of the path's suffix."""
+    options: dict[str, Any] = {"format": path.suffix[1:], "dpi": 150, "facecolor": "white", "bbox_inches": "tight"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font lacks
+        write_file(path, lambda file: figure.savefig(file, **options))
     pyplot().close(figure)
     return path

@@ -31,7 +31,7 @@ class Recipe:
     batch_size: int = 128
     """Images a process and step."""
     accumulate: int = 1
-    """Batches whose gradients are averaged before a step."""
+    """Batches whose gradients are averaged before a step; an epoch has whole steps."""
     learning_rate: float = 1.5e-3
     """For 1024 images a step; proportional to their number."""
     warmup_epochs: float = 20.0
@@ -74,6 +74,8 @@ class Recipe:
     two_heads: bool = False
     """Whether the teacher gets a head of its own."""
 
+    val_fraction: float = 0.1
+    """The share to validate on, where the data do not say."""
     seed: int = 0
     precision: str = "32-true"
     """Lightning's: 32-true, bf16-mixed or 16-mixed."""
@@ -99,7 +101,8 @@ class Recipe:
             else:
                 right = isinstance(value, dict)
             if not right:
-                raise TypeError(f"{entry.name} must be like {default!r}, but is {value!r}")
+                like = {} if default is dataclasses.MISSING else default
+                raise TypeError(f"{entry.name} must be like {like!r}, but is {value!r}")
             object.__setattr__(self, entry.name, value)
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in self.options.items()}
         object.__setattr__(self, "options", options)
@@ -111,6 +114,14 @@ class Recipe:
                         raise ValueError(f"{name} must be from {low:g} to {high:g}, but is {value}")
         if self.precision not in (known := ("32-true", "bf16-mixed", "16-mixed")):
             raise ValueError(f"precision must be {', '.join(known)}, but is {self.precision!r}")
+        if self.in_chans == 2:
+            raise ValueError("in_chans must be 1 (grey) or 3 (RGB), but is 2")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError(f"crop_scale must be two areas, the smaller first and not 0, but is {self.crop_scale}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even where images are mixed, but is {self.batch_size}")
+        if self.teacher_checkpoint and not self.teacher:
+            raise ValueError(f"teacher_checkpoint {self.teacher_checkpoint} needs a teacher: give its name in timm")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs must be at most the {self.epochs} epochs, but are {self.warmup_epochs:g}")
 
@@ -160,7 +171,9 @@ _RANGES = (
     ("in_chans", 1, 3),
     ("learning_rate", 1e-12, 100),
     ("warmup_epochs clip_grad weight_decay mixup cutmix distill_weight", 0, 1e6),
-    ("warmup_ratio final_ratio betas ema_decay", 0, 1),
+    ("warmup_ratio final_ratio ema_decay", 0, 1),
+    ("betas", 0, 0.999999),
+    ("val_fraction", 1e-6, 0.999999),
     ("label_smoothing mixup_switch color_jitter random_erasing crop_scale hflip", 0, 1),
     ("layer_decay", 0.01, 1),
     ("distill_temperature", 1e-3, 1e3),

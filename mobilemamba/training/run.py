@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,13 +22,22 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mobilemamba.checkpoints import write_file
-from mobilemamba.training.callbacks import AtomicCheckpointIO, Bar, EveryEpoch, History, KeepBest, KeepLast
+from mobilemamba.predict import reason
+from mobilemamba.training.callbacks import (
+    AtomicCheckpointIO,
+    Bar,
+    EveryEpoch,
+    History,
+    KeepBest,
+    KeepLast,
+    StopTogether,
+)
 from mobilemamba.training.data import default_workers, steps_an_epoch, training_loader, validation_loader
 from mobilemamba.training.module import Classifier, Teacher, build_network
 from mobilemamba.training.pictures import draw_history
@@ -92,7 +104,6 @@ def train(
     *,
     resume: bool = False,
     teacher: Teacher | Callable[[Tensor], Tensor] | None = None,
-    val_fraction: float = 0.1,
     workers: int | None = None,
     save_every: int = 500,
     max_unreadable: int = 100,
@@ -116,7 +127,6 @@ def train(
         resume: go on with the run in ``output``, which must have the same recipe; begin it where there is no state yet.
         teacher: a network to learn from, images as the student gets them → logits, or a :class:`Teacher`; it takes the
             place of the recipe's.
-        val_fraction: the share to validate on, where ``data`` do not say.
         workers: processes that read images, for each one that trains; None: as many as processors, at most 8.
         save_every: steps from one saved state to the next within an epoch.
         max_unreadable: images that may fail to be read, in a process, before the run stops.
@@ -138,14 +148,11 @@ def train(
         raise ValueError(f"{folder} holds a run: resume it, or choose another folder")
     if recipe.teacher and recipe.teacher_checkpoint and not Path(recipe.teacher_checkpoint).is_file():
         raise ValueError(f"there is no file {recipe.teacher_checkpoint} for the teacher")
-    sources = data if isinstance(data, tuple) else open_data(data, val_fraction, recipe.seed)
+    sources = data if isinstance(data, tuple) else open_data(data, recipe.val_fraction, recipe.seed)
     show(describe(*sources))
     network = build_network(recipe, sources[0].classes)
     about: dict[str, Any] = {"recipe": asdict(recipe), "network": asdict(network.options)}
     about |= {"classes": list(sources[0].classes), "images": [len(source.labels) for source in sources]}
-    about = json.loads(json.dumps(about))
-    if state.exists():
-        _check_same(folder, about)
     for unfinished in folder.glob(".*.*"):
         if unfinished.name.startswith((".last.ckpt.", ".best.pth.")):  # of a process that was killed while it wrote
             unfinished.unlink()
@@ -153,43 +160,57 @@ def train(
     learnt_from = teacher if isinstance(teacher, Teacher) or teacher is None else Teacher(teacher)
     if learnt_from is None and recipe.teacher:
         learnt_from = Teacher.from_timm(recipe.teacher, len(sources[0].classes), recipe.teacher_checkpoint)
+    if recipe.two_heads and learnt_from is None:
+        raise ValueError("two_heads needs a teacher, from whom the second head learns: give one, or leave it out")
     history = History(folder / "history.csv", show)
     best = KeepBest(folder / "best.pth")
     profiler = SimpleProfiler(folder, "profile") if profile else None
-    with _quiet():
-        trainer = lightning.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            precision=recipe.precision,  # type: ignore[arg-type]
-            max_epochs=recipe.epochs,
-            accumulate_grad_batches=recipe.accumulate,
-            gradient_clip_val=recipe.clip_grad or None,
-            logger=TensorBoardLogger(folder, name="", version="tensorboard"),
-            log_every_n_steps=10,
-            callbacks=[*callbacks, history, best, KeepLast(folder, save_every), EveryEpoch(folder)]
-            + ([Bar()] if sys.stderr.isatty() else []),
-            plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            enable_progress_bar=sys.stderr.isatty(),
-            enable_model_summary=False,
-            profiler=profiler,
-        )
+    stopped = f"stopped: resume the run in {folder}"
+    try:
+        with _quiet():
+            trainer = lightning.Trainer(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                precision=recipe.precision,  # type: ignore[arg-type]
+                max_epochs=recipe.epochs,
+                accumulate_grad_batches=recipe.accumulate,
+                gradient_clip_val=recipe.clip_grad or None,
+                logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+                log_every_n_steps=10,
+                callbacks=[*callbacks, history, best, KeepLast(folder, save_every), EveryEpoch(folder)]
+                + [StopTogether(stopped)]
+                + ([Bar()] if sys.stderr.isatty() else []),
+                plugins=[AtomicCheckpointIO()],
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+                enable_progress_bar=sys.stderr.isatty(),
+                enable_model_summary=False,
+                profiler=profiler,
+            )
+    except MisconfigurationException as error:
+        raise ValueError(f"these devices cannot be used: {reason(error)}") from error
     processes = trainer.num_devices * trainer.num_nodes
+    about["processes"] = processes
+    about = json.loads(json.dumps(about))
+    if state.exists():
+        _check_same(folder, about)
+    if len(sources[1].labels) < processes:
+        raise ValueError(f"{len(sources[1].labels)} validation images are fewer than the {processes} processes")
     images_per_step = recipe.batch_size * processes * recipe.accumulate
-    batches = steps_an_epoch(len(sources[0].labels), recipe.batch_size, processes)
-    steps = -(-batches // recipe.accumulate) * recipe.epochs
+    steps = recipe.epochs * steps_an_epoch(len(sources[0].labels), recipe.batch_size, processes, recipe.accumulate)
     module = Classifier(network, recipe, steps, images_per_step, learnt_from, max_unreadable)
     if trainer.is_global_zero and not state.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "recipe.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
     loaders = _Data(*sources, recipe, network.default_cfg, default_workers() if workers is None else workers)
     try:
-        with _quiet():
+        with _quiet(), _interrupted_as_terminated():
             trainer.fit(module, loaders, ckpt_path=state if state.exists() else None, weights_only=False)
     except SIGTERMException as error:
-        raise RuntimeError(f"stopped by SIGTERM: resume the run in {folder}") from error
+        raise RuntimeError(stopped) from error
+    except SystemExit as error:  # what Lightning makes of a second interrupt
+        raise KeyboardInterrupt from error
     if trainer.is_global_zero:
         draw_history(history.rows, folder / "curves.png")
     return Result(
@@ -212,8 +233,8 @@ def load_recipe(folder: str | os.PathLike[str]) -> Recipe:
     path = path / "recipe.json" if path.is_dir() else path
     try:
         return Recipe.from_dict(json.loads(path.read_text("utf-8"))["recipe"])
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} holds no recipe") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no recipe: {reason(error)}") from error
 
 
 @contextmanager
@@ -231,8 +252,34 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+@contextmanager
+def _interrupted_as_terminated() -> Iterator[None]:
+    """Ctrl-C ends a run as SIGTERM does, with its state saved; pressed again, at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def terminate(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _check_same(folder: Path, about: dict[str, Any]) -> None:
+    if not zipfile.is_zipfile(folder / "last.ckpt"):
+        raise ValueError(f"{folder / 'last.ckpt'} is damaged: remove it to begin the run anew")
+    load_recipe(folder)
     before = json.loads((folder / "recipe.json").read_text("utf-8"))
+    if before["processes"] != about["processes"]:
+        raise ValueError(
+            f"{folder} holds a run of {before['processes']} processes, not {about['processes']}: resume it with as many"
+        )
     for name, value in about["recipe"].items():
         if before["recipe"].get(name) != value:
             raise ValueError(

@@ -18,6 +18,9 @@ _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16
 _INDICES = {torch.int32: "*i32", torch.int64: "*i64"}
 _INDEX_LIMIT = 2**31 - 2**16  # of 32-bit indices: a tile may reach beyond the end by less than 2^16
 
+compiled_for = 90
+"""The architecture of the launches that :func:`record` lists."""
+
 _recorded: list[tuple[Any, dict[str, Any], int]] | None = None
 
 
@@ -80,10 +83,18 @@ def channels_inside(x: Tensor) -> bool:
     return x.stride(1) < x.stride(-1) or x.shape[-1] == 1
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have; where there is no GPU, those of the H100."""
+def architecture(device: torch.device) -> int:
+    """10 times the compute capability; where there is no GPU, what is compiled for."""
     if device.type != "cuda":
-        return 232448
+        return compiled_for
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return 166912 if compiled_for == 80 else 232448
     return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 

@@ -136,8 +136,9 @@ def fitting_block(size: int, largest: int) -> int:
 
 def product_tile(count: int, outputs: int, depth: int, dtype: torch.dtype, vector: int) -> tuple[int, int, int, int]:
     """Positions, outputs and depth of a tile, and its warps."""
-    if dtype == torch.float32 or vector < 8:  # what is read element by element takes registers for each address
-        return 64, fitting_block(outputs, 64), fitting_block(depth, 16 if dtype == torch.float32 else 32), 8
+    if dtype == torch.float32 or vector < 8:
+        warps = 4 if vector == 8 else 8  # what is read element by element takes registers for each address
+        return 64, fitting_block(outputs, 64), fitting_block(depth, 16 if dtype == torch.float32 else 32), warps
     across, positions = fitting_block(outputs, 128), 128
     while positions > 16 and blocks(count, positions) * blocks(outputs, across) < BUSY:
         positions //= 2

@@ -522,16 +522,18 @@ def alignment(*tiles: Tensor | None) -> int:
     return math.gcd(RUN, given[0].shape[-1], *outer)
 
 
-def _config(scan: Scan, longest: int, most_warps: int) -> tuple[int, int, int]:
-    """Channels and runs of a tile, and warps: 8 elements a thread where ``most_warps`` suffice.
+def _config(scan: Scan, longest: int) -> tuple[int, int, int]:
+    """Channels and runs of a tile, and warps: 8 elements a thread where 256 threads suffice, or else 16 where 512 do.
 
-    At least 32 bytes of channels where they lie side by side, a sector of memory, and more threads than runs (_row).
+    At least 32 bytes of channels where they lie side by side, a sector of memory, or 16 where that many positions would
+    be too many elements; and more threads than runs (_row).
     """
     dim, length = scan.u.shape[2:]
     sector = 32 // scan.u.element_size() if scan.u.stride(2) == 1 else 8
-    positions = max(triton.next_power_of_2(length), 16) if length <= longest else 256
-    channels = min(max(sector, 2048 // positions), 64, triton.next_power_of_2(dim // scan.groups))
-    return channels, positions // RUN, min(max(channels * positions // 256, 1), most_warps)
+    positions = max(triton.next_power_of_2(length), 16) if length <= longest else 2048 // sector
+    channels = min(max(sector, 2048 // positions), 8192 // positions, 64, triton.next_power_of_2(dim // scan.groups))
+    size = channels * positions
+    return channels, positions // RUN, min(max(size // 256, 1), 8 if size <= 4096 else 16)
 
 
 def _grid(scan: Scan, channels: int, runs: int) -> tuple[int, int, tuple[int, int, int, int]]:
@@ -577,7 +579,7 @@ def _states_between_chunks(
 
 def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
     """Write the scan's result to out (batch, dim, L), and its last state to ``last`` (batch, dim, N), contiguous."""
-    config = channels, runs, warps = _config(scan, longest=1024, most_warps=16)
+    config = channels, runs, warps = _config(scan, longest=1024)
     programs, _, sizes = _grid(scan, channels, runs)
     entering = _states_between_chunks(scan, config, adjoint=False)
     u, delta, A, B, C, D, z, bias, softplus, shared, weight = scan
@@ -610,7 +612,7 @@ def run_backward(
         grad: of the result, (batch, dim, L).
         grad_last: of the last state, (batch, dim, N), contiguous.
     """
-    config = channels, runs, warps = _config(scan, longest=256, most_warps=8)  # a thread needs more than 128 registers
+    config = channels, runs, warps = _config(scan, longest=256)
     programs, per_group, sizes = _grid(scan, channels, runs)
     entering = _states_between_chunks(scan, config, adjoint=False)
     adjoint = _states_between_chunks(scan, config, adjoint=True, grad=grad, initial=grad_last)

@@ -50,7 +50,7 @@ def _both(*args: Any) -> None:
 def configurations() -> Iterator[Configuration]:
     """What the launchers choose for the lengths, dtypes, layouts and variants that differ in their code."""
     for name, empty in every_sequence():
-        for length, dim, N in ((196, 320, 1), (49, 544, 1), (196, 320, 16), (4096, 320, 1)):
+        for length, dim, N in ((196, 320, 1), (49, 544, 1), (784, 192, 1), (196, 320, 16), (4096, 320, 1)):
             u, delta, B = empty(16, dim, length), empty(16, 2, dim, length), empty(16, 2, N, length)
             A, D = (u.new_empty(shape, dtype=torch.float32) for shape in ((2, dim, N), (2, dim)))
             given = (u, delta, A, B, B, D, u if length in (49, 4096) else None, D, True)

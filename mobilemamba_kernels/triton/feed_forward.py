@@ -19,6 +19,7 @@ from mobilemamba_kernels.ops.pack_weight import outputs_of, unpack_weight
 from mobilemamba_kernels.triton._activations import activate
 from mobilemamba_kernels.triton._launch import (
     Configuration,
+    architecture,
     blocks,
     every_map,
     index_type,
@@ -108,9 +109,11 @@ def _kernel(
         tl.store(y + c * y_channel, total.to(y.dtype.element_ty), mask)
 
 
-def _positions(chunks: int) -> int:
-    """Of a program whose sums fill less than half of its threads' registers."""
-    return 128 if chunks <= 4 else 64 if chunks <= 6 else 32
+def _positions(chunks: int, device: torch.device) -> int:
+    """Of a program whose sums fill less than half of its threads' registers, or a quarter where x lies there too:
+    Hopper and Blackwell (9.0, 10.x) multiply out of shared memory."""
+    most = 128 if chunks <= 4 else 64 if chunks <= 6 else 32
+    return most if 90 <= architecture(device) < 120 else max(most // 2, 16)
 
 
 def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
@@ -121,8 +124,9 @@ def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
     chunks = blocks(x.shape[1], _CHUNK)
     if multiplied == torch.float32 or vector < 8 or not 0 < chunks <= _MOST_CHUNKS:
         return False
-    needed = (_positions(chunks) + 4 * _HIDDEN) * chunks * _CHUNK * multiplied.itemsize + 1024
-    return blocks(count, _positions(chunks)) >= _FEWEST_PROGRAMS and needed <= shared_memory(x.device)
+    positions = _positions(chunks, x.device)
+    needed = (positions + 4 * _HIDDEN) * chunks * _CHUNK * multiplied.itemsize + 1024
+    return blocks(count, positions) >= _FEWEST_PROGRAMS and needed <= shared_memory(x.device)
 
 
 def forward(
@@ -148,7 +152,7 @@ def forward(
         multiply([x], w1, b1, activation, [], "none", between)
         return multiply([between], w2, b2, "none", [x] if residual is None else [x, residual], "none", y)
     chunks = blocks(channels, _CHUNK)
-    positions = _positions(chunks)
+    positions = _positions(chunks, x.device)
     launch(
         _kernel, blocks(count, positions),
         x, w1, b1, w2, b2, residual, y, channels, hidden, height, width, count,

@@ -51,10 +51,13 @@ def _both(*args: Any) -> None:
     backward(*forward(*args), *args)
 
 
+_CASES = ((196, 320, 1, True), (784, 192, 1, True), (196, 320, 16, False), (4096, 320, 1, True), (4096, 1536, 16, True))
+
+
 def configurations() -> Iterator[Configuration]:
     """What the launchers choose for the lengths, dtypes, layouts and variants that differ in their code."""
     for name, empty in every_sequence():
-        for length, dim, N, optional in ((196, 320, 1, True), (196, 320, 16, False), (4096, 320, 1, True)):
+        for length, dim, N, optional in _CASES:
             u = empty(16, dim, length)
             B, A, D = empty(16, 1, N, length), u.new_empty(dim, N, dtype=torch.float32), u.new_empty(dim).float()
             given = (u, u, A, B, B, *((D, u, D) if optional else (None, None, None)), True)

@@ -143,7 +143,7 @@ def forward(
 
 def configurations() -> Iterator[Configuration]:
     """What the launchers choose for the maps of the network, dtypes and layouts."""
-    for channels, side, rank in ((320, 14, 10), (544, 7, 17), (320, 64, 10)):
+    for channels, side, rank in ((320, 14, 10), (544, 7, 17), (320, 28, 10), (320, 64, 10)):
         for name, x in every_map(16, channels, side, side):
             shapes = (2, rank + 2, channels), (2, channels, rank), (2, channels), (2, channels, 1), (2, channels)
             parameters = (x.new_empty(shape, dtype=torch.float32) for shape in (*shapes, (channels,), (channels,)))

@@ -209,9 +209,12 @@ def _readable(taps: Tensor) -> Tensor:
     return taps if taps.stride(1) == 1 else taps.permute(order).contiguous().permute(3, 2, 0, 1)
 
 
-def _rows(x: Tensor, tile_elements: float) -> int:
+def _rows(x: Tensor) -> int:
+    """Of a lane: all, or at most 6, as the checks at their edges take registers too."""
     batch, channels, height, width = x.shape
-    return rows_of_a_lane((height + 1) // 2, batch * ((width + 1) // 2) * channels / tile_elements)
+    h = (height + 1) // 2
+    rows = rows_of_a_lane(h, batch * ((width + 1) // 2) * channels / _ELEMENTS)
+    return rows if rows == h else min(rows, 6)
 
 
 def _scale_strides(scale: Tensor | None) -> tuple[int, int]:
@@ -228,7 +231,7 @@ def _convolve(x: Tensor, taps: Tensor, scale: Tensor | None, base: Tensor | None
     w_channel, w_band, w_row, w_column = taps.stride()
     first = (tap_rows - 1) * w_row + (tap_columns - 1) * w_column if reverse else 0
     direction = -1 if reverse else 1
-    rows = _rows(x, _ELEMENTS)
+    rows = _rows(x)
     count = batch * blocks(h, rows) * w
     positions, across = tile_size(channels, channels_inside(x), _ELEMENTS)
     launch(
@@ -246,7 +249,7 @@ def _correlate(grad: Tensor, x: Tensor, tap_rows: int, tap_columns: int) -> Tens
     """Sums (groups, rows · columns, 4, C) of the products of the transformed gradient and the x that each tap meets."""
     batch, channels, height, width = x.shape
     h, w = (height + 1) // 2, (width + 1) // 2
-    rows = _rows(x, _ELEMENTS)
+    rows = _rows(x)
     columns = triton.next_power_of_2(tap_columns)
     across = min(triton.next_power_of_2(channels), 32 if channels_inside(x) else 2)
     positions = max(1, _ELEMENTS // (columns * across))

@@ -1,4 +1,4 @@
-"""Triton's scans of sequences longer than one tile, at sizes that its interpreter bears."""
+"""Triton's kernels for large inputs, at sizes that its interpreter bears."""
 
 import pytest
 import test_ops
@@ -31,3 +31,22 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_chunks")
 def test_chunks(case: Case, layout: str) -> None:
     test_ops.check_against_truth(case, torch.float32, layout)
+
+
+FUSED = [
+    BUILDERS["feed_forward"](1, 72, 40, 5, 4, has="br", packed=torch.bfloat16),
+    BUILDERS["feed_forward"](2, 8, 64, 9, 8, activation="none", packed=torch.bfloat16),
+    BUILDERS["feed_forward"](1, 392, 48, 3, 2, activation="silu", packed=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_feed_forward_in_one_kernel(case: Case, dtype: torch.dtype, architecture: int, monkeypatch) -> None:
+    from mobilemamba_kernels.triton import _launch, feed_forward
+
+    monkeypatch.setattr(feed_forward, "_FEWEST_PROGRAMS", 0)
+    monkeypatch.setattr(_launch, "compiled_for", architecture)
+    monkeypatch.setattr(feed_forward, "multiply", None)  # two kernels
+    test_ops.check_against_truth(case, dtype, "channels_last")

@@ -85,17 +85,18 @@ def compile_triton(archs: list[int], *matches: str) -> Iterator[dict[str, Any]]:
     for arch, operator in itertools.product(archs, OPERATORS):
         _launch.compiled_for = arch
         module = importlib.import_module(f"mobilemamba_kernels.triton.{operator}")
-        for name, kernel, signature, constants, multiples, warps in module.configurations():
+        for name, kernel, signature, constants, multiples, options in module.configurations():
             if not all(match in name for match in matches):
                 continue
-            key = (kernel.fn.__name__, str(signature), str(constants), str(multiples), warps, arch)
+            key = (kernel.fn.__name__, str(signature), str(constants), str(multiples), str(options), arch)
             if key in seen:
                 continue
             seen.add(key)
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
             with contextlib.redirect_stdout(io.StringIO()) as log:
-                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             ((_, used),) = resources(log.getvalue())
+            warps = options["num_warps"]
             row = {"backend": "triton", "kernel": name, "arch": arch, "num_warps": warps, **used}
             row["shared_bytes"] = compiled.metadata.shared
             yield row | {"warps": occupancy(used["registers"], arch) // warps * warps}

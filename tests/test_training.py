@@ -84,6 +84,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(whole, tmp_path):
         ("batch", "4", "SIGTERM"),
         ("batch", "2", "SIGINT"),
         ("validation", "1", "SIGKILL"),  # of the first epoch
+        ("batch", "6", "SIGKILL"),  # behind the state at the end of the epoch
         ("writing", "3", "SIGKILL"),  # of the state after the second
     ]
     for hook, count, signal in stops:

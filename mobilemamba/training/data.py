@@ -137,12 +137,6 @@ class TrainingLoader(DataLoader):
             raise OSError(f"{count} images in a row cannot be read, such as {batch.unreadable[-1]}: repair the data")
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
 
 def steps_an_epoch(images: int, batch_size: int, processes: int, accumulate: int) -> int:
     """Optimizer steps, of ``accumulate`` batches in each process.

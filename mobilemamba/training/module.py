@@ -139,6 +139,7 @@ class Classifier(lightning.LightningModule):
         self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.train_loss = MeanMetric()
         self.measures = nn.ModuleDict({name: _measures(classes) for name in ("raw", "averaged")})
+        self.position = 0  # of the loader at the start
         self.most_unreadable = unreadable
         self.unreadable: list[str] = []  # names, and why
 
@@ -245,12 +246,13 @@ class Classifier(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["unreadable"] = self.unreadable
+        checkpoint["position"] = self.trainer.train_dataloader.position  # type: ignore[union-attr]
         # Of all processes, in an epoch that may be interrupted.
         sums = torch.stack((self.train_loss.mean_value, self.train_loss.weight)).to(self.device)
         checkpoint["train_loss"] = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.unreadable = checkpoint["unreadable"]
+        self.unreadable, self.position = checkpoint["unreadable"], checkpoint["position"]
         if self.trainer.is_global_zero:
             self.train_loss.mean_value, self.train_loss.weight = checkpoint["train_loss"].to(self.device)
 

@@ -89,9 +89,12 @@ class _Data(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         persistent = self.workers > 0
-        return training_loader(
+        loader = training_loader(
             self.sources[0], self.recipe, self.cfg, self.workers, persistent_workers=persistent, **self._place()
         )
+        # Lightning would restore it in the middle of an epoch alone.
+        loader.position = self.trainer.lightning_module.position  # type: ignore[union-attr, assignment]
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         return validation_loader(self.sources[1], self.cfg, self.recipe.batch_size, self.workers, **self._place())

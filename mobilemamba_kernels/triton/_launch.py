@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], int]
-"""Name, kernel, types of its arguments, constants, multiples of 16, warps: what a compiler needs of one launch."""
+Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], dict[str, int]]
+"""Name, kernel, types of its arguments, constants, multiples of 16, options: what a compiler needs of one launch."""
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _INDICES = {torch.int32: "*i32", torch.int64: "*i64"}
@@ -21,19 +21,27 @@ _INDEX_LIMIT = 2**31 - 2**16  # of 32-bit indices: a tile may reach beyond the e
 compiled_for = 90
 """The architecture of the launches that :func:`record` lists."""
 
-_recorded: list[tuple[Any, dict[str, Any], int]] | None = None
+_recorded: list[tuple[Any, dict[str, Any], dict[str, int]]] | None = None
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-    """Run ``kernel`` on the device of its first tensor; not at all for no programs."""
+def launch(
+    kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, maxnreg: int | None = None, **constants: Any
+) -> None:
+    """Run ``kernel`` on the device of its first tensor; not at all for no programs.
+
+    Args:
+        num_warps: of a program.
+        maxnreg: most registers of a thread; None leaves them to the compiler.
+    """
     if not programs:
         return
+    options = {"num_warps": num_warps} | ({} if maxnreg is None else {"maxnreg": maxnreg})
     if _recorded is not None:
-        _recorded.append((kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants, num_warps))
+        _recorded.append((kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants, options))
         return
     first = next(a for a in arguments if isinstance(a, Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
+        kernel[(programs,)](*arguments, **options, **constants)
 
 
 def record(name: str, function: Callable[..., Any], *arguments: Any) -> Iterator[Configuration]:
@@ -45,7 +53,7 @@ def record(name: str, function: Callable[..., Any], *arguments: Any) -> Iterator
         launches = _recorded
     finally:
         _recorded = None
-    for i, (kernel, given, num_warps) in enumerate(launches):
+    for i, (kernel, given, options) in enumerate(launches):
         signature, constants, multiples = {}, {}, {}
         for j, parameter in enumerate(kernel.params):
             value = given[parameter.name]
@@ -60,7 +68,7 @@ def record(name: str, function: Callable[..., Any], *arguments: Any) -> Iterator
             # As Triton's own launcher finds: PyTorch's memory begins at such addresses.
             if isinstance(value, Tensor) or (signature[parameter.name] in ("i32", "i64") and value % 16 == 0):
                 multiples[(j,)] = [["tt.divisibility", 16]]
-        yield f"{name}-{i}-{kernel.fn.__name__}", kernel, signature, constants, multiples, num_warps
+        yield f"{name}-{i}-{kernel.fn.__name__}", kernel, signature, constants, multiples, options
 
 
 def index_type(*tensors: Tensor | None) -> tl.dtype:

@@ -393,7 +393,8 @@ def backward_kernel(
                 tl.store(part_C + (part * dim + c) * N + n, _over_positions(product), mask=c_exists)
             else:
                 tl.store(part_C + (sums * N + n) * length + t, tl.sum(product, 1, keep_dims=True), mask=l_exists)
-        if SOFTPLUS:
+        if SOFTPLUS:  # read again: held through the loop it would take a register an element
+            raw = _raw_steps(steps, None, bias, k * dim + c, c_exists, l_exists, start, length, 0, 0, 0, RUN, INDEX)
             ddt *= _sigmoid(raw)
         if bias is not None:
             tl.store(part_bias + part * dim + c, _over_positions(tl.where(exists, ddt, 0.0)), mask=c_exists)
@@ -590,6 +591,8 @@ def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
         SOFTPLUS=softplus, A_IS_LOG=weight is not None, B_FIXED=B.ndim == 2, C_FIXED=C.ndim == 2,
         ALIGN=alignment(u, z, out, *(() if weight is not None else (delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
         INDEX=index_type(u, delta, B, C, z, out, entering, last), num_warps=warps,
+        # Two programs on a multiprocessor: the compiler, left alone, spills or takes a few registers too many.
+        maxnreg=128 if channels * runs * RUN == 256 * warps == 2048 else None,
     )
 
 

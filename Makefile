@@ -65,11 +65,13 @@ test: build
 	$(MAKE) --no-print-directory test-cuda
 	$(MAKE) --no-print-directory test-triton PART='$(SMALL)'
 
+# With AddressSanitizer the results are compared as without. ThreadSanitizer takes three times as long, Triton's
+# interpreter ten times: a part, in which every kernel is.
 test-full: build
 	$(PYTEST) --full
-	$(MAKE) --no-print-directory test-cuda test-triton PART='$(ALL)'
-	$(MAKE) --no-print-directory test-cuda SANITIZER=address,undefined
+	$(MAKE) --no-print-directory test-cuda PART='$(ALL)' SANITIZER=address,undefined
 	$(MAKE) --no-print-directory test-cuda SANITIZER=thread
+	$(MAKE) --no-print-directory test-triton
 
 # The kernels for GPUs, without one. Threads and interpreters are slow: PART is the selection.
 ALL := not benchmark and not exports and not twice and not identity and not threads

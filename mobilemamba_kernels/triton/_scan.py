@@ -592,7 +592,7 @@ def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
         ALIGN=alignment(u, z, out, *(() if weight is not None else (delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
         INDEX=index_type(u, delta, B, C, z, out, entering, last), num_warps=warps,
         # Two programs on a multiprocessor: the compiler, left alone, spills or takes a few registers too many.
-        maxnreg=128 if channels * runs * RUN == 256 * warps == 2048 else None,
+        maxnreg=128 if entering is not None and warps == 8 else None,
     )
 
 

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -152,7 +153,7 @@ def train(
     if recipe.teacher and recipe.teacher_checkpoint and not Path(recipe.teacher_checkpoint).is_file():
         raise ValueError(f"there is no file {recipe.teacher_checkpoint} for the teacher")
     sources = data if isinstance(data, tuple) else open_data(data, recipe.val_fraction, recipe.seed)
-    show(describe(*sources))
+    rank_zero_only(show)(describe(*sources))
     network = build_network(recipe, sources[0].classes)
     about: dict[str, Any] = {"recipe": asdict(recipe), "network": asdict(network.options)}
     about |= {"classes": list(sources[0].classes), "images": [len(source.labels) for source in sources]}
@@ -242,17 +243,20 @@ def load_recipe(folder: str | os.PathLike[str]) -> Recipe:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without Lightning's advice, and that of DDP for weights that are channels-last."""
+    logs = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", "Grad strides do not match")
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are skipped with a sentence
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 @contextmanager

@@ -31,6 +31,9 @@ from mobilemamba_kernels.triton._launch import blocks, index_type, launch
 RUN = 4
 """Steps of one run: what a thread does by itself."""
 
+_ALL_REGISTERS = 255
+"""Of a thread. Left alone the compiler spills some where a second program of 8 warps would nearly fit."""
+
 # --- the recurrence on a tile ------------------------------------------------------------------------------------
 
 
@@ -393,8 +396,7 @@ def backward_kernel(
                 tl.store(part_C + (part * dim + c) * N + n, _over_positions(product), mask=c_exists)
             else:
                 tl.store(part_C + (sums * N + n) * length + t, tl.sum(product, 1, keep_dims=True), mask=l_exists)
-        if SOFTPLUS:  # read again: held through the loop it would take a register an element
-            raw = _raw_steps(steps, None, bias, k * dim + c, c_exists, l_exists, start, length, 0, 0, 0, RUN, INDEX)
+        if SOFTPLUS:
             ddt *= _sigmoid(raw)
         if bias is not None:
             tl.store(part_bias + part * dim + c, _over_positions(tl.where(exists, ddt, 0.0)), mask=c_exists)
@@ -582,6 +584,7 @@ def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
     """Write the scan's result to out (batch, dim, L), and its last state to ``last`` (batch, dim, N), contiguous."""
     config = channels, runs, warps = _config(scan, longest=1024)
     programs, _, sizes = _grid(scan, channels, runs)
+    chunks = sizes[-1]
     entering = _states_between_chunks(scan, config, adjoint=False)
     u, delta, A, B, C, D, z, bias, softplus, shared, weight = scan
     launch(
@@ -591,8 +594,7 @@ def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
         SOFTPLUS=softplus, A_IS_LOG=weight is not None, B_FIXED=B.ndim == 2, C_FIXED=C.ndim == 2,
         ALIGN=alignment(u, z, out, *(() if weight is not None else (delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
         INDEX=index_type(u, delta, B, C, z, out, entering, last), num_warps=warps,
-        # Two programs on a multiprocessor: the compiler, left alone, spills or takes a few registers too many.
-        maxnreg=128 if entering is not None and warps == 8 else None,
+        maxnreg=_ALL_REGISTERS if warps == 8 and chunks > 1 and A.shape[2] > 1 else None,
     )
 
 
@@ -638,7 +640,7 @@ def run_backward(
         C_FIXED=C.ndim == 2, ALIGN=alignment(grad, u, delta, z, grad_u, grad_delta, grad_z), BLOCK_C=channels, RUN=RUN,
         RUNS=runs,
         INDEX=index_type(grad, u, delta, B, C, z, grad_u, grad_delta, grad_z, entering, part_A, part_B, part_C),
-        num_warps=warps,
+        num_warps=warps, maxnreg=_ALL_REGISTERS if warps == 8 else None,
     )
 
     def sum_coefficients(part: Tensor, M: Tensor) -> Tensor:

@@ -78,6 +78,11 @@ def describe(train: Source, val: Source) -> str:
     )
 
 
+def _ignore_interrupt(worker: int) -> None:
+    """A terminal sends Ctrl-C to readers too, which have to read until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Data(lightning.LightningDataModule):
     def __init__(self, train: Source, val: Source, recipe: Recipe, cfg: dict[str, Any], workers: int) -> None:
         super().__init__()
@@ -86,7 +91,8 @@ class _Data(lightning.LightningDataModule):
     def _place(self) -> dict[str, Any]:
         trainer: Any = self.trainer
         pinned = trainer.strategy.root_device.type == "cuda"
-        return {"rank": trainer.global_rank, "processes": trainer.world_size, "pin_memory": pinned}
+        place = {"rank": trainer.global_rank, "processes": trainer.world_size, "pin_memory": pinned}
+        return place | {"worker_init_fn": _ignore_interrupt}
 
     def train_dataloader(self) -> DataLoader:
         persistent = self.workers > 0

@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,33 +103,38 @@ def compile_triton(archs: list[int], *matches: str) -> Iterator[dict[str, Any]]:
             yield row | {"warps": occupancy(used["registers"], arch) // warps * warps}
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """A kernel's, without what Triton compiled it for."""
+    if row["backend"] == "cuda":
+        return f"cuda {row['file'].removesuffix('_kernel.cu')}: {row['kernel']}"
+    operator, kernel = row["kernel"].split("-")[0], row["kernel"].rsplit("-", 1)[1].strip("_")
+    return f"triton {operator}: {kernel} ({row['num_warps']} warps)"
+
+
+def cell(rows: list[dict[str, Any]]) -> str:
+    """The most of registers, the fewest warps, the most of shared memory and of spills."""
+    if not rows:
+        return ""
+    registers, shared, spilled = (
+        max(row.get(k, 0) for row in rows) for k in ("registers", "shared_bytes", "spilled_bytes")
+    )
+    memory = f", {shared} bytes" if "shared_bytes" in rows[0] else ""
+    spills = f", {spilled} bytes spilled" if spilled else ""
+    return f"{registers} ({min(row['warps'] for row in rows)}{memory}{spills})"
+
+
 def table(files: list[Path]) -> str:
     """Markdown of the lines in files: the worst of each kernel on each architecture."""
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    archs = sorted({row["arch"] for row in rows})
-    worst: dict[str, dict[int, tuple[int, int]]] = {}
-    count: dict[str, int] = {}
-    for row in rows:
-        name = row["file"].removesuffix("_kernel.cu") + ": " + row["kernel"] if "file" in row else row["kernel"]
-        if row["backend"] == "triton":
-            operator, kernel = row["kernel"].split("-")[0], row["kernel"].rsplit("-", 1)[1]
-            name = f"{operator}: {kernel.strip('_')} ({row['num_warps']} warps)"
-        name = f"{row['backend']} {name}"
-        count[name] = count.get(name, 0) + 1
-        kernel_worst = worst.setdefault(name, {})
-        registers, spilled = kernel_worst.get(row["arch"], (0, 0))
-        kernel_worst[row["arch"]] = max(registers, row["registers"]), max(spilled, row["spilled_bytes"])
-    lines = [
-        "| kernel | compiled | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
-        "|---" * (len(archs) + 2) + "|",
-    ]
-    for name, found in sorted(worst.items()):
-        cells = []
-        for arch in archs:
-            registers, spilled = found.get(arch, (0, 0))
-            spills = f", {spilled} bytes spilled" if spilled else ""
-            cells.append(f"{registers} ({occupancy(registers, arch)}{spills})" if registers else "")
-        lines.append(f"| {name} | {count[name]} | " + " | ".join(cells) + " |")
+    compiled = defaultdict(list)
+    for file in files:
+        for row in map(json.loads, file.read_text().splitlines()):
+            compiled[name_of(row), row["arch"]].append(row)
+    archs = sorted({arch for _, arch in compiled})
+    lines = ["| kernel | compiled | " + " | ".join(f"sm_{arch}" for arch in archs) + " |"]
+    lines.append("|---" * (len(archs) + 2) + "|")
+    for name in sorted({name for name, _ in compiled}):
+        cells = [cell(compiled[name, arch]) for arch in archs]
+        lines.append(f"| {name} | {sum(len(compiled[name, arch]) for arch in archs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

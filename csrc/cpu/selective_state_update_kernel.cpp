@@ -83,29 +83,46 @@ static void update(const Item& item) {
   float held[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) held[lane] = (p.state - 1) % kLanes >= lane ? 1.0f : 0.0f;
   const IntVec exists = load(held) != 0.0f;
+  // Of `channels` channels from i on, their sums into `sum`: so many share a pack of exponentials and its constants.
+  const auto advance_channels = [&](int64_t i, Vec* sum, auto channels, auto vectors, auto one_decay) ALWAYS_INLINE {
+    float* h[channels];
+    const float* a[channels];
+    Vec drive[channels], step[channels];
+    for (int k = 0; k < channels; ++k) {
+      h[k] = states.get(i + k);
+      a[k] = one_decay ? nullptr : rates.get(i + k);
+      drive[k] = splat(drives[i + k]);
+      step[k] = splat((one_decay ? decays : steps)[i + k]);
+      sum[k] = Vec{};
+    }
+    for (int64_t n = 0; n < p.state; n += vectors * kLanes) {
+      Pack<channels * vectors> decay;
+      for (int v = 0; v < channels * vectors; ++v) {
+        const int k = v / vectors, at = v % vectors * kLanes;
+        decay.v[v] = one_decay ? step[k] : load(a[k] + n + at) * step[k];
+      }
+      if (!one_decay) decay = are_moderate(decay) ? moderate_exp2(decay) : exp2(decay);
+      for (int v = 0; v < channels * vectors; ++v) {
+        const int k = v / vectors;
+        const int64_t at = n + v % vectors * kLanes;
+        const Vec after = decay.v[v] * load(h[k] + at) + load(b + at) * drive[k];
+        store(h[k] + at, after);
+        const Vec product = after * load(c + at);
+        sum[k] += vectors == 1 && at + kLanes > p.state ? select(exists, product, Vec{}) : product;
+      }
+    }
+    for (int k = 0; k < channels; ++k) states.put(i + k);
+  };
   const auto advance = [&](auto vectors, auto one_decay) ALWAYS_INLINE {
     item.blocks([&](int64_t first, int64_t some) ALWAYS_INLINE {
-      Vec of_channel[kLanes] = {};
-      for (int64_t i = 0; i < some; ++i) {
-        float* h = states.get(first + i);
-        const float* a = one_decay ? nullptr : rates.get(first + i);
-        const Vec drive = splat(drives[first + i]), step = splat((one_decay ? decays : steps)[first + i]);
-        Vec sum{};
-        for (int64_t n = 0; n < p.state; n += vectors * kLanes) {
-          Pack<vectors> decay;
-          for (int v = 0; v < vectors; ++v) decay.v[v] = one_decay ? step : load(a + n + v * kLanes) * step;
-          if (!one_decay) decay = are_moderate(decay) ? moderate_exp2(decay) : exp2(decay);
-          for (int v = 0; v < vectors; ++v) {
-            const int64_t at = n + v * kLanes;
-            const Vec after = decay.v[v] * load(h + at) + load(b + at) * drive;
-            store(h + at, after);
-            const Vec product = after * load(c + at);
-            sum += vectors == 1 && at + kLanes > p.state ? select(exists, product, Vec{}) : product;
-          }
-        }
-        of_channel[i] = sum;
-        states.put(first + i);
-      }
+      Vec of_channel[kLanes];
+      int64_t i = 0;
+      if (states.direct && (one_decay || rates.direct))  // copies are of one channel
+        for (; i + 2 <= some; i += 2)
+          advance_channels(first + i, of_channel + i, std::integral_constant<int, 2>{}, vectors, one_decay);
+      for (; i < some; ++i)
+        advance_channels(first + i, of_channel + i, std::integral_constant<int, 1>{}, vectors, one_decay);
+      for (; i < kLanes; ++i) of_channel[i] = Vec{};
       store(sums + first, sum_lanes(of_channel));
     });
   };

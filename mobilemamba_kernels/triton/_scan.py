@@ -528,13 +528,14 @@ def alignment(*tiles: Tensor | None) -> int:
 def _config(scan: Scan, longest: int) -> tuple[int, int, int]:
     """Channels and runs of a tile, and warps: 8 elements a thread where 256 threads suffice, or else 16 where 512 do.
 
-    At least 32 bytes of channels where they lie side by side, a sector of memory, or 16 where that many positions would
-    be too many elements; and more threads than runs (_row).
+    At least 32 bytes of channels where they lie side by side, a sector of memory, or less where the positions are so
+    many that a thread would have more than 16; and more threads than runs (_row).
     """
     dim, length = scan.u.shape[2:]
     sector = 32 // scan.u.element_size() if scan.u.stride(2) == 1 else 8
     positions = max(triton.next_power_of_2(length), 16) if length <= longest else 2048 // sector
-    channels = min(max(sector, 2048 // positions), 8192 // positions, 64, triton.next_power_of_2(dim // scan.groups))
+    most = 8192 if scan.weight is None else 4096  # steps computed here take registers
+    channels = min(max(sector, 2048 // positions), most // positions, 64, triton.next_power_of_2(dim // scan.groups))
     size = channels * positions
     return channels, positions // RUN, min(max(size // 256, 1), 8 if size <= 4096 else 16)
 
@@ -569,8 +570,8 @@ def _states_between_chunks(
         _share(scan, M), *x.stride(), *scan.delta.stride(), *strides(z), *_rows(M), DIRECTIONS=K,
         SOFTPLUS=scan.softplus, A_IS_LOG=scan.weight is not None, ADJOINT=adjoint, FIXED=M.ndim == 2,
         ALIGN=alignment(x, z, *(() if scan.weight is not None else (scan.delta,))), BLOCK_C=channels, RUN=RUN,
-        RUNS=runs,
-        INDEX=index_type(x, scan.delta, M, z, product), num_warps=warps,
+        RUNS=runs, INDEX=index_type(x, scan.delta, M, z, product), num_warps=warps,
+        maxnreg=None if scan.weight is None else _ALL_REGISTERS,
     )
     block = 128
     launch(

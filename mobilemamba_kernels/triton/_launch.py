@@ -18,6 +18,9 @@ _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16
 _INDICES = {torch.int32: "*i32", torch.int64: "*i64"}
 _INDEX_LIMIT = 2**31 - 2**16  # of 32-bit indices: a tile may reach beyond the end by less than 2^16
 
+ALL_REGISTERS = 255
+"""Of a thread. Left alone the compiler spills some where one program more would nearly fit on a multiprocessor."""
+
 compiled_for = 90
 """The architecture of the launches that :func:`record` lists."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mobilemamba_kernels import backends
 from mobilemamba_kernels.triton._activations import activate
-from mobilemamba_kernels.triton._launch import blocks, index_type, launch, strides_of
+from mobilemamba_kernels.triton._launch import ALL_REGISTERS, blocks, index_type, launch, strides_of
 from mobilemamba_kernels.triton._tiles import BUSY, tile
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -177,6 +177,8 @@ def multiply(
     vector = vector_of((*maps, *residuals, y), weight, *parts, outputs)
     positions, across, depth, num_warps = product_tile(count, outputs, max(parts), multiplied, vector)
     multiply_type, precision = multiplication(multiplied)
+    on_tensor_cores = vector == 8 and multiplied != torch.float32
+    registers = None if on_tensor_cores else 128 if num_warps == 4 else ALL_REGISTERS
     x, second, third = (*maps, None, None)[:3]
     residual, other = (*residuals, None, None)[:2]
     launch(
@@ -187,6 +189,6 @@ def multiply(
         *strides_of(residual), *strides_of(other), *y.stride(),
         INPUT_ACTIVATION=input_activation, ACTIVATION=activation, MULTIPLY=multiply_type, PRECISION=precision,
         VECTOR=vector, POSITIONS=positions, OUTPUTS=across, DEPTH=depth, INDEX=index_type(*maps, *residuals, y),
-        num_warps=num_warps,
+        num_warps=num_warps, maxnreg=registers,
     )  # fmt: skip
     return y

@@ -23,17 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilemamba_kernels.triton._launch import blocks, index_type, launch
+from mobilemamba_kernels.triton._launch import ALL_REGISTERS, blocks, index_type, launch
 
 # An argument a line would be half of this file.
 # fmt: off
 
 RUN = 4
 """Steps of one run: what a thread does by itself."""
-
-_ALL_REGISTERS = 255
-"""Of a thread. Left alone the compiler spills some where a second program of 8 warps would nearly fit."""
-
 # --- the recurrence on a tile ------------------------------------------------------------------------------------
 
 
@@ -571,7 +567,7 @@ def _states_between_chunks(
         SOFTPLUS=scan.softplus, A_IS_LOG=scan.weight is not None, ADJOINT=adjoint, FIXED=M.ndim == 2,
         ALIGN=alignment(x, z, *(() if scan.weight is not None else (scan.delta,))), BLOCK_C=channels, RUN=RUN,
         RUNS=runs, INDEX=index_type(x, scan.delta, M, z, product), num_warps=warps,
-        maxnreg=None if scan.weight is None else _ALL_REGISTERS,
+        maxnreg=None if scan.weight is None else ALL_REGISTERS,
     )
     block = 128
     launch(
@@ -595,7 +591,7 @@ def run_forward(scan: Scan, out: Tensor, last: Tensor | None = None) -> None:
         SOFTPLUS=softplus, A_IS_LOG=weight is not None, B_FIXED=B.ndim == 2, C_FIXED=C.ndim == 2,
         ALIGN=alignment(u, z, out, *(() if weight is not None else (delta,))), BLOCK_C=channels, RUN=RUN, RUNS=runs,
         INDEX=index_type(u, delta, B, C, z, out, entering, last), num_warps=warps,
-        maxnreg=_ALL_REGISTERS if warps == 8 and chunks > 1 and A.shape[2] > 1 else None,
+        maxnreg=ALL_REGISTERS if warps == 8 and chunks > 1 and A.shape[2] > 1 else None,
     )
 
 
@@ -641,7 +637,7 @@ def run_backward(
         C_FIXED=C.ndim == 2, ALIGN=alignment(grad, u, delta, z, grad_u, grad_delta, grad_z), BLOCK_C=channels, RUN=RUN,
         RUNS=runs,
         INDEX=index_type(grad, u, delta, B, C, z, grad_u, grad_delta, grad_z, entering, part_A, part_B, part_C),
-        num_warps=warps, maxnreg=_ALL_REGISTERS if warps == 8 else None,
+        num_warps=warps, maxnreg=ALL_REGISTERS if warps == 8 else None,
     )
 
     def sum_coefficients(part: Tensor, M: Tensor) -> Tensor:

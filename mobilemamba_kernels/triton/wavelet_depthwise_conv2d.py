@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mobilemamba_kernels.triton._haar import butterfly, load_bands, load_block, store_block
 from mobilemamba_kernels.triton._launch import (
+    ALL_REGISTERS,
     Configuration,
     blocks,
     channels_inside,
@@ -263,6 +264,7 @@ def _correlate(grad: Tensor, x: Tensor, tap_rows: int, tap_columns: int) -> Tens
         grad, x, parts, channels, height, width, h, w, count, groups, steps, *grad.stride(), *x.stride(),
         TAP_ROWS=tap_rows, TAP_COLUMNS=tap_columns, ROWS=rows, WHOLE=rows == h,
         COLUMNS=columns, POSITIONS=positions, CHANNELS=across, INDEX=index_type(x, grad), num_warps=8,
+        maxnreg=None if rows == h else ALL_REGISTERS,
     )  # fmt: skip
     return parts
 

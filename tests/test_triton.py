@@ -23,7 +23,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of eight positions."""
     from mobilemamba_kernels.triton import _scan
 
-    monkeypatch.setattr(_scan, "_config", lambda scan, longest: (8, 8 // _scan.RUN, 1))
+    monkeypatch.setattr(_scan, "_config", lambda *_, **__: (8, 8 // _scan.RUN, 1))
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)

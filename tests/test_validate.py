@@ -306,7 +306,7 @@ def test_unreadable_images_are_named_and_counted(folder, checkpoint, tmp_path):
         assert said[0].startswith(f"skipped {data / 'cat' / 'cut.png'}: ")
         assert said[1:] == [f"skipped {data / 'dog' / 'text.png'}: it is no image"]
         result = run(*given, "--workers", workers, "--max-unreadable", 1)
-        assert "2 images cannot be read, more than the 1 allowed: repair the data" in error(result)
+        assert "2 images cannot be read, more than the 1 allowed: repair them, or allow more" in error(result)
     result = run(*given, "--workers", 0, "--json")
     assert result.exit_code == 1
     assert len(json.loads(result.stdout)["unreadable"]) == 2

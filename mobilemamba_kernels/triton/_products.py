@@ -178,7 +178,7 @@ def multiply(
     positions, across, depth, num_warps = product_tile(count, outputs, max(parts), multiplied, vector)
     multiply_type, precision = multiplication(multiplied)
     on_tensor_cores = vector == 8 and multiplied != torch.float32
-    registers = None if on_tensor_cores else 128 if num_warps == 4 else ALL_REGISTERS
+    registers = None if on_tensor_cores else ALL_REGISTERS
     x, second, third = (*maps, None, None)[:3]
     residual, other = (*residuals, None, None)[:2]
     launch(

@@ -521,8 +521,8 @@ def alignment(*tiles: Tensor | None) -> int:
     return math.gcd(RUN, given[0].shape[-1], *outer)
 
 
-def _config(scan: Scan, longest: int) -> tuple[int, int, int]:
-    """Channels and runs of a tile, and warps: 8 elements a thread where 256 threads suffice, or else 16 where 512 do.
+def _config(scan: Scan, longest: int, elements: int = 8) -> tuple[int, int, int]:
+    """Channels and runs of a tile, and warps: ``elements`` a thread where 256 threads suffice.
 
     At least 32 bytes of channels where they lie side by side, a sector of memory, or less where the positions are so
     many that a thread would have more than 16; and more threads than runs (_row).
@@ -531,9 +531,10 @@ def _config(scan: Scan, longest: int) -> tuple[int, int, int]:
     sector = 32 // scan.u.element_size() if scan.u.stride(2) == 1 else 8
     positions = max(triton.next_power_of_2(length), 16) if length <= longest else 2048 // sector
     most = 8192 if scan.weight is None else 4096  # steps computed here take registers
-    channels = min(max(sector, 2048 // positions), most // positions, 64, triton.next_power_of_2(dim // scan.groups))
+    channels = min(max(sector, 256 * elements // positions), most // positions, 64)
+    channels = min(channels, triton.next_power_of_2(dim // scan.groups))
     size = channels * positions
-    return channels, positions // RUN, min(max(size // 256, 1), 8 if size <= 4096 else 16)
+    return channels, positions // RUN, min(max(size // (32 * elements), 1), 8 if size <= 4096 else 16)
 
 
 def _grid(scan: Scan, channels: int, runs: int) -> tuple[int, int, tuple[int, int, int, int]]:
@@ -614,7 +615,9 @@ def run_backward(
         grad: of the result, (batch, dim, L).
         grad_last: of the last state, (batch, dim, N), contiguous.
     """
-    config = channels, runs, warps = _config(scan, longest=256)
+    # With z the result is computed too, in the same program.
+    elements = 4 if scan.z is not None and scan.directions == 2 else 8
+    config = channels, runs, warps = _config(scan, longest=256, elements=elements)
     programs, per_group, sizes = _grid(scan, channels, runs)
     entering = _states_between_chunks(scan, config, adjoint=False)
     adjoint = _states_between_chunks(scan, config, adjoint=True, grad=grad, initial=grad_last)

@@ -136,9 +136,8 @@ def fitting_block(size: int, largest: int) -> int:
 
 def product_tile(count: int, outputs: int, depth: int, dtype: torch.dtype, vector: int) -> tuple[int, int, int, int]:
     """Positions, outputs and depth of a tile, and its warps."""
-    if dtype == torch.float32 or vector < 8:
-        warps = 4 if vector == 8 else 8  # what is read element by element takes registers for each address
-        return 64, fitting_block(outputs, 64), fitting_block(depth, 16 if dtype == torch.float32 else 32), warps
+    if dtype == torch.float32 or vector < 8:  # what is read element by element takes registers for each address
+        return 64, fitting_block(outputs, 64), fitting_block(depth, 16 if dtype == torch.float32 else 32), 8
     across, positions = fitting_block(outputs, 128), 128
     while positions > 16 and blocks(count, positions) * blocks(outputs, across) < BUSY:
         positions //= 2
@@ -177,8 +176,7 @@ def multiply(
     vector = vector_of((*maps, *residuals, y), weight, *parts, outputs)
     positions, across, depth, num_warps = product_tile(count, outputs, max(parts), multiplied, vector)
     multiply_type, precision = multiplication(multiplied)
-    on_tensor_cores = vector == 8 and multiplied != torch.float32
-    registers = None if on_tensor_cores else ALL_REGISTERS
+    registers = ALL_REGISTERS if vector < 8 or multiplied == torch.float32 else None
     x, second, third = (*maps, None, None)[:3]
     residual, other = (*residuals, None, None)[:2]
     launch(

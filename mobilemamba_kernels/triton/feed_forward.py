@@ -18,6 +18,7 @@ from torch import Tensor
 from mobilemamba_kernels.ops.pack_weight import outputs_of, unpack_weight
 from mobilemamba_kernels.triton._activations import activate
 from mobilemamba_kernels.triton._launch import (
+    ALL_REGISTERS,
     Configuration,
     architecture,
     blocks,
@@ -160,7 +161,7 @@ def forward(
         *strides_of(residual), *y.stride(),
         ACTIVATION=activation, MULTIPLY=multiplication(multiplied)[0],
         VECTOR=vector, POSITIONS=positions, CHUNKS=chunks, CHUNK=_CHUNK, HIDDEN=_HIDDEN,
-        INDEX=index_type(*maps), num_warps=8,
+        INDEX=index_type(*maps), num_warps=8, maxnreg=ALL_REGISTERS,
     )  # fmt: skip
     return y
 

@@ -239,12 +239,19 @@ def load_recipe(folder: str | os.PathLike[str]) -> Recipe:
     Raises:
         OSError, TypeError, ValueError: there is none, or it is no recipe.
     """
-    path = Path(folder)
+    return Recipe.from_dict(_read_about(Path(folder))["recipe"])
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """What a run's folder, or a file of it, says of the run: its recipe at least."""
     path = path / "recipe.json" if path.is_dir() else path
     try:
-        return Recipe.from_dict(json.loads(path.read_text("utf-8"))["recipe"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        about = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} holds no recipe: {reason(error)}") from error
+    if not isinstance(about, dict) or not isinstance(about.get("recipe"), dict):
+        raise ValueError(f"{path} holds no recipe")
+    return about
 
 
 @contextmanager
@@ -287,8 +294,7 @@ def _interrupted_as_terminated() -> Iterator[None]:
 def _check_same(folder: Path, about: dict[str, Any]) -> None:
     if not zipfile.is_zipfile(folder / "last.ckpt"):
         raise ValueError(f"{folder / 'last.ckpt'} is damaged: remove it to begin the run anew")
-    load_recipe(folder)
-    before = json.loads((folder / "recipe.json").read_text("utf-8"))
+    before = _read_about(folder)
     if before["processes"] != about["processes"]:
         raise ValueError(
             f"{folder} holds a run of {before['processes']} processes, not {about['processes']}: resume it with as many"

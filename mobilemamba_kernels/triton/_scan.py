@@ -30,6 +30,7 @@ from mobilemamba_kernels.triton._launch import ALL_REGISTERS, blocks, index_type
 
 RUN = 4
 """Steps of one run: what a thread does by itself."""
+
 # --- the recurrence on a tile ------------------------------------------------------------------------------------
 
 

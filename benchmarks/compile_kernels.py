@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = [
     *("selective_scan", "bidirectional_selective_scan", "ss2d_bidirectional"),
+    *("cross_scan", "cross_merge"),
     *("haar_dwt2d", "haar_idwt2d", "wavelet_depthwise_conv2d", "depthwise_conv2d_act"),
     *("conv2d_act", "pointwise_conv2d_act", "feed_forward", "squeeze_excite"),
     *("causal_conv1d", "causal_conv1d_update", "selective_state_update"),

@@ -7,6 +7,8 @@ from mobilemamba_kernels.ops.bidirectional_selective_scan import bidirectional_s
 from mobilemamba_kernels.ops.causal_conv1d import causal_conv1d_fn
 from mobilemamba_kernels.ops.causal_conv1d_update import causal_conv1d_update
 from mobilemamba_kernels.ops.conv2d_act import conv2d_act
+from mobilemamba_kernels.ops.cross_merge import cross_merge_fn
+from mobilemamba_kernels.ops.cross_scan import cross_scan_fn
 from mobilemamba_kernels.ops.depthwise_conv2d_act import depthwise_conv2d_act
 from mobilemamba_kernels.ops.feed_forward import feed_forward
 from mobilemamba_kernels.ops.fold_batch_norm import fold_batch_norm
@@ -26,6 +28,8 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "conv2d_act",
+    "cross_merge_fn",
+    "cross_scan_fn",
     "depthwise_conv2d_act",
     "feed_forward",
     "fold_batch_norm",

@@ -35,6 +35,8 @@ PREFERENCES: tuple[tuple[str, int, str], ...] = (
     ("ss2d_bidirectional", 0, "cuda"),
     ("causal_conv1d", 0, "cuda"),
     ("causal_conv1d_update", 0, "cuda"),
+    ("cross_scan", 0, "cuda"),
+    ("cross_merge", 0, "cuda"),
     ("haar_dwt2d", 0, "cuda"),
     ("haar_idwt2d", 0, "cuda"),
     ("wavelet_depthwise_conv2d", 0, "cuda"),

@@ -60,6 +60,7 @@ def product(draw: st.DrawFn, op: str, **options: st.SearchStrategy) -> Case:
 
 state = st.sampled_from([1, 1, 2, 3, 16])
 length = st.integers(0, 40) | st.sampled_from([255, 256, 257, 1024, 1030])
+maps = st.integers(0, 12) | st.sampled_from([16, 31, 32, 33, 40])
 scan = BUILDERS["selective_scan_fn"]
 CASE_OF = {
     "selective_scan_fn": st.builds(
@@ -79,6 +80,10 @@ CASE_OF = {
             lambda has: st.sampled_from([has, has + "q", has + "i", has + "f", has + "if"])
         ),
     ),
+    **{
+        op: st.builds(BUILDERS[op], batch, channels, maps, maps, st.integers(0, 2), has=flags("io1"))
+        for op in ("cross_scan_fn", "cross_merge_fn")
+    },
     "haar_dwt2d": st.builds(BUILDERS["haar_dwt2d"], batch, channels, size, size),
     "haar_idwt2d": st.builds(BUILDERS["haar_idwt2d"], batch, channels, size, size),
     "wavelet_depthwise_conv2d": st.builds(

@@ -389,6 +389,7 @@ def ones(*shape: int) -> Tensor:
 
 
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_merge": lambda x: mk.cross_merge_fn(mk.cross_scan_fn(x).view(1, 4, *x.shape[1:])).view(x.shape),
     "haar_dwt2d": mk.haar_dwt2d,
     "haar_idwt2d": lambda x: mk.haar_idwt2d(x.unflatten(1, (4, 4))),
     "wavelet_depthwise_conv2d": lambda x: mk.wavelet_depthwise_conv2d(x, ones(64, 1, 3, 3), base=x),
@@ -425,7 +426,7 @@ def skip_without(size: int) -> None:
 def test_huge_maps(backend, op, dtype, side, layout):
     """Zeros but for the last corner of the last channel, where a 32-bit index would have wrapped."""
     backward = has_backward_kernel(backend, op)
-    skip_without((12 if op == "haar_idwt2d" else 8) * 16 * side**2 * dtype.itemsize)
+    skip_without({"haar_idwt2d": 12, "cross_merge": 24}.get(op, 8) * 16 * side**2 * dtype.itemsize)
     shape = (1, side, side, 16) if layout == "channels_last" else (1, 16, side, side)
     x = torch.zeros(shape, dtype=dtype, device=DEVICE)
     x = x.permute(0, 3, 1, 2) if layout == "channels_last" else x

@@ -30,6 +30,16 @@ def test_haar_dwt2d_and_idwt2d():
     assert torch.equal(corner(mk.haar_idwt2d(bands)), expected)
 
 
+def test_cross_scan_and_merge():
+    side = SIDE // 2 + 1  # the sequences together are just over 2³¹ elements
+    x = torch.zeros(1, 16, side, side, dtype=torch.bfloat16)
+    x[0, -1, -4:, -4:] = expected = torch.arange(1.0, 17).view(4, 4)
+    sequences = mk.cross_scan_fn(x)
+    assert torch.equal(sequences[0, 3, -1, :4].float(), expected[:, -1].flip(0))  # columns, backwards
+    merged = mk.cross_merge_fn(sequences.view(1, 4, 16, side, side)).view_as(x)
+    assert torch.equal(merged, 4 * x)
+
+
 def test_depthwise_conv2d_act():
     x = image()
     weight = torch.ones(16, 1, 3, 3)

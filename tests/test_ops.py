@@ -171,6 +171,13 @@ def positional(case: Case, arguments: dict) -> tuple:
         given["silu"] = given["activation"] is not None
     if case.op == "haar_idwt2d":
         given["height"], given["width"] = given["size"]
+    if case.op == "cross_scan_fn":
+        given["images"] = given["x"] if given["in_channel_first"] else given["x"].movedim((1, 2), (-2, -1))
+        given["channels_last"] = not given["out_channel_first"]
+    if case.op == "cross_merge_fn":
+        paths = given["y"] if given["out_channel_first"] else given["y"].movedim((1, 2), (-2, -1))
+        given["sequences"], (given["height"], given["width"]) = paths.flatten(3), paths.shape[3:]
+        given["channels_last"] = not given["in_channel_first"]
     return tuple(given[a.name] for a in operator(case, "fwd")._schema.arguments)
 
 
@@ -286,7 +293,9 @@ def check_non_finite_values(case: Case, layout: str, device: str = "cpu") -> Non
                 assert_close(result, exact[i], plain[i], f"result {i} with {value} in {name}")
 
 
-@pytest.mark.parametrize("case", [c for c in TYPICAL if c.op.endswith(("scan", "scan_fn"))], ids=lambda c: c.op)
+@pytest.mark.parametrize(
+    "case", [c for c in TYPICAL if c.op.endswith(("selective_scan", "selective_scan_fn"))], ids=lambda c: c.op
+)
 def test_softplus_is_the_identity_above_20(case, instruction_set):
     arguments = case.make()
     arguments["delta_bias"] = torch.linspace(15, 25, arguments["delta_bias"].numel()).view_as(arguments["delta_bias"])
@@ -388,7 +397,7 @@ def test_autocast(case):
     arguments = case.make()
     with torch.autocast("cpu", torch.bfloat16):
         results = case.run(arguments)
-    follows = case.op.endswith(("selective_scan", "selective_scan_fn")) or "haar" in case.op or "1d" in case.op
+    follows = any(kind in case.op for kind in ("selective_scan", "cross", "haar", "1d"))
     assert results[0].dtype == (torch.float32 if follows else torch.bfloat16)
     torch.testing.assert_close(results[0].float(), case.run(arguments)[0], rtol=0.1, atol=0.1)
 

@@ -115,6 +115,8 @@ _FORWARD: dict[str, Any] = {
     "bidirectional_selective_scan": _scan,
     "ss2d_bidirectional": _ss2d,
     "causal_conv1d_fn": _causal,
+    "cross_scan_fn": lambda shapes, options: {},
+    "cross_merge_fn": lambda shapes, options: {"operations": 0 if options["one_by_one"] else 3 * prod(shapes["y"]) / 4},
     "haar_dwt2d": _haar,
     "haar_idwt2d": _haar,
     "wavelet_depthwise_conv2d": _wavelet,

@@ -5,6 +5,7 @@
 
 #include "include/causal_conv1d_cuda.h"
 #include "include/causal_conv1d_update.h"
+#include "include/cross_scan.h"
 #include "include/depthwise_conv2d_act.h"
 #include "include/haar.h"
 #include "include/selective_scan_cuda.h"
@@ -20,6 +21,9 @@ cudaError_t causal_conv1d_fwd(const CausalConv1dCudaParams& p, cudaStream_t stre
 // The gradients of x and of the initial states, and partial sums of those of the filter.
 cudaError_t causal_conv1d_bwd(const CausalConv1dCudaParams& p, cudaStream_t stream);
 cudaError_t causal_conv1d_update(const CausalConv1dUpdateParams& p, cudaStream_t stream);
+
+cudaError_t cross_scan(const CrossScanParams& p, cudaStream_t stream);
+cudaError_t cross_merge(const CrossScanParams& p, cudaStream_t stream);
 
 cudaError_t depthwise_conv2d_act(const DepthwiseConv2dActParams& p, cudaStream_t stream);
 

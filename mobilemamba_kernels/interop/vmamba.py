@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mobilemamba_kernels.ops._checks import check_dims, check_tensors
+from mobilemamba_kernels.ops.cross_merge import cross_merge_fn
+from mobilemamba_kernels.ops.cross_scan import cross_scan_fn
 from mobilemamba_kernels.ops.selective_scan import selective_scan_fn as _selective_scan_fn
 
 __all__ = [
@@ -79,105 +81,6 @@ def _spread(u: Tensor, delta: Tensor, delta_bias: Tensor | None) -> tuple[Tensor
         raise ValueError(f"selective_scan_fn: u's channels must be a multiple of delta's; got {channels} and {steps}")
     repeats = channels // steps
     return delta.repeat_interleave(repeats, 1), None if delta_bias is None else delta_bias.repeat_interleave(repeats)
-
-
-def _check_scans(op: str, scans: int) -> None:
-    if scans not in (0, 1, 2):
-        raise ValueError(f"{op}: scans must be 0 (cross), 1 (in one direction) or 2 (in both); got {scans!r}")
-
-
-def cross_scan_fn(
-    x: Tensor,
-    in_channel_first: bool = True,
-    out_channel_first: bool = True,
-    one_by_one: bool = False,
-    scans: int = 0,
-    force_torch: bool = False,
-) -> Tensor:
-    """Lay images out as four sequences.
-
-    Args:
-        x: (batch, C, H, W), or (batch, H, W, C) unless ``in_channel_first``; with ``one_by_one`` one image a sequence,
-            (batch, 4, C, H, W) or (batch, H, W, 4, C).
-        in_channel_first, out_channel_first: the layouts.
-        scans: 0: row by row, column by column, and both backwards; 1: four times row by row; 2: twice row by row, and
-            both backwards.
-        force_torch: accepted and ignored.
-
-    Returns:
-        (batch, 4, C, H W), or (batch, H W, 4, C) unless ``out_channel_first``; contiguous, differentiable.
-
-    Raises:
-        TypeError: x is no real floating-point tensor.
-        ValueError: rank or scans do not fit.
-    """
-    op = "cross_scan_fn"
-    check_tensors(op, {"x": x})
-    _check_scans(op, scans)
-    if one_by_one:
-        check_dims(op, "x", x, "batch, 4, C, H, W" if in_channel_first else "batch, H, W, 4, C")
-        maps = (x if in_channel_first else x.permute(0, 3, 4, 1, 2)).unbind(1)
-        if len(maps) != 4:
-            raise ValueError(f"{op}: x must hold 4 images, one a sequence; got {len(maps)}")
-    else:
-        check_dims(op, "x", x, "batch, C, H, W" if in_channel_first else "batch, H, W, C")
-        maps = (x if in_channel_first else x.permute(0, 3, 1, 2),) * 4
-    batch, channels, height, width = maps[0].shape
-    shape = (batch, 4, channels, height * width) if out_channel_first else (batch, height * width, 4, channels)
-    y = x.new_empty(shape)
-    sequences = y if out_channel_first else y.permute(0, 2, 3, 1)
-    for k, image in enumerate(maps):
-        path = image.mT if scans == 0 and k % 2 else image
-        place = sequences[:, k].unflatten(-1, path.shape[2:])
-        place.copy_(path.flip(-2, -1) if scans != 1 and k >= 2 else path)
-    return y
-
-
-def cross_merge_fn(
-    y: Tensor,
-    in_channel_first: bool = True,
-    out_channel_first: bool = True,
-    one_by_one: bool = False,
-    scans: int = 0,
-    force_torch: bool = False,
-) -> Tensor:
-    """Bring four sequences back into row-major order and add them: what undoes :func:`cross_scan_fn`.
-
-    Args:
-        y: (batch, 4, C, H, W), or (batch, H, W, 4, C) unless ``out_channel_first``: each sequence, in its own order.
-        in_channel_first, out_channel_first: the layouts of the images and of the sequences.
-        one_by_one: do not add.
-        scans: as in :func:`cross_scan_fn`.
-        force_torch: accepted and ignored.
-
-    Returns:
-        (batch, C, H W), or (batch, H W, C) unless ``in_channel_first``; with ``one_by_one`` (batch, 4, C, H W) or
-        (batch, H W, 4, C). Contiguous, differentiable.
-
-    Raises:
-        TypeError: y is no real floating-point tensor.
-        ValueError: rank or scans do not fit.
-    """
-    op = "cross_merge_fn"
-    check_tensors(op, {"y": y})
-    _check_scans(op, scans)
-    check_dims(op, "y", y, "batch, 4, C, H, W" if out_channel_first else "batch, H, W, 4, C")
-    sequences = y if out_channel_first else y.permute(0, 3, 4, 1, 2)
-    if sequences.shape[1] != 4:
-        raise ValueError(f"{op}: y must hold 4 sequences; got {sequences.shape[1]}")
-    height, width = sequences.shape[3:]
-    sequences = sequences.flatten(3)
-
-    def images(paths: Tensor, k: int) -> Tensor:
-        return paths.unflatten(-1, (width, height)).mT if scans == 0 and k % 2 else paths.unflatten(-1, (height, width))
-
-    backwards = sequences[:, 2:] if scans == 1 else sequences[:, 2:].flip(-1)
-    if one_by_one:
-        paths = [images(p, k).flatten(2) for k, p in enumerate((*sequences[:, :2].unbind(1), *backwards.unbind(1)))]
-        return torch.stack(paths, 1) if in_channel_first else torch.stack([path.mT for path in paths], 2)
-    both = sequences[:, :2] + backwards
-    merged = (images(both[:, 0], 0) + images(both[:, 1], 1)).flatten(2)
-    return merged.contiguous() if in_channel_first else merged.mT.contiguous()
 
 
 def _forward(

@@ -1,0 +1,6 @@
+#pragma once
+
+#include "include/capability.h"
+#include "include/cross_scan.h"
+
+DECLARE_KERNEL(cross_merge, CrossScanParams)

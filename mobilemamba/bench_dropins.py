@@ -142,7 +142,7 @@ def _transformers(s: Sizes) -> Iterator[Comparison]:
         sides = [partial(run, functions[name], torch.zeros(1, dim, kept)) for functions in (theirs, ours)]
         return Comparison("transformers", what, "its PyTorch path", *sides)
 
-    first = [t[..., 0] for t in (u, dt, B, C, z)]
+    first = [t[..., 0].contiguous() for t in (u, dt, B, C, z)]  # as a sequence of one position has them
     yield alone(
         f"its scan of {s.prompt} positions", "mamba_selective_scan",
         lambda scan, _: scan(u, dt, A, B, C, D, z, bias, True),

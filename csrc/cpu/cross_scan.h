@@ -37,55 +37,66 @@ INLINE void for_blocks(const CrossScanParams& p, const CrossScanBlock& block, co
   }
 }
 
-// Calls f(offset, offset, step, step, elements) for each run of a block, in two tensors with these steps; neighbours in
-// the one that `order` is of follow each other.
-template <class F>
-INLINE void for_runs(const CrossScanBlock& block, const Order& order, const Steps& a, const Steps& b, F f) {
-  const int outer = order.dim[0], middle = order.dim[1], inner = order.dim[2];
-  for (int64_t i = 0; i < block.size[outer]; ++i)
-    for (int64_t j = 0; j < block.size[middle]; ++j)
-      f(i * a.of[outer] + j * a.of[middle], i * b.of[outer] + j * b.of[middle], a.of[inner], b.of[inner],
-        block.size[inner]);
-}
-
-template <class T, int... kLane>
-INLINE T reversed(T v, std::integer_sequence<int, kLane...>) {
+template <int... kLane>
+INLINE Vec reversed(Vec v, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(v, v, (kLanes - 1 - kLane)...);
 }
+INLINE Vec reversed(Vec v) { return reversed(v, std::make_integer_sequence<int, kLanes>{}); }
+
+// Up to kLanes elements, of any step; vectors where it is 1 or -1.
 template <class T>
-INLINE T reversed(T v) {
-  return reversed(v, std::make_integer_sequence<int, kLanes>{});
+INLINE Vec load_run(const T* from, int64_t step, int64_t count) {
+  if (step == 1) return load_some(from, count);
+  if (step == -1 && count == kLanes) return reversed(load(from - (kLanes - 1)));
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = load_one(from + i * step);
+  return load(lanes);
+}
+template <class T>
+INLINE void store_run(T* to, int64_t step, Vec v, int64_t count) {
+  if (step == 1) return store_some(to, v, count);
+  if (step == -1 && count == kLanes) return store(to - (kLanes - 1), reversed(v));
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) store_one(to + i * step, lanes[i]);
+}
+template <bool kAdd, class T>
+INLINE void put_run(T* to, int64_t step, Vec v, int64_t count) {
+  store_run(to, step, kAdd ? load_run(to, step, count) + v : v, count);
 }
 
-// Copies elements, as the bits that they are.
-template <class Bits>
-INLINE void copy_run(Bits* to, int64_t to_step, const Bits* from, int64_t from_step, int64_t count) {
-  typedef Bits Lanes __attribute__((vector_size(kLanes * sizeof(Bits))));
-  int64_t i = 0;
-  if (from_step == 1 && (to_step == 1 || to_step == -1)) {
-    for (; i + kLanes <= count; i += kLanes) {
-      Lanes v;
-      std::memcpy(&v, from + i, sizeof v);
-      if (to_step == -1) v = reversed(v);
-      std::memcpy(to_step == 1 ? to + i : to - i - (kLanes - 1), &v, sizeof v);
+// Writes a block, or adds it, in the order in which `to` lies. Where `from` lies in another, squares of kLanes are
+// transposed in registers.
+template <bool kAdd, class From, class To>
+static void move_block(const CrossScanBlock& block, To* to, const Steps& to_steps, const From* from,
+                       const Steps& from_steps) {
+  const auto part = [](int64_t size, int64_t i) { return size - i < kLanes ? size - i : kLanes; };
+  const Order order(to_steps.of);
+  const int inner = order.dim[2], other = Order(from_steps.of).dim[2];
+  const int middle = other == inner ? order.dim[1] : other, outer = 3 - inner - middle;
+  const int64_t across = block.size[inner], along = block.size[middle];
+  const int64_t to_across = to_steps.of[inner], to_along = to_steps.of[middle];
+  const int64_t from_across = from_steps.of[inner], from_along = from_steps.of[middle];
+  for (int64_t z = 0; z < block.size[outer]; ++z, to += to_steps.of[outer], from += from_steps.of[outer]) {
+    if (other == inner) {
+      for (int64_t y = 0; y < along; ++y)
+        for (int64_t x = 0; x < across; x += kLanes)
+          put_run<kAdd>(to + y * to_along + x * to_across, to_across,
+                        load_run(from + y * from_along + x * from_across, from_across, part(across, x)),
+                        part(across, x));
+      continue;
     }
+    for (int64_t y = 0; y < along; y += kLanes)
+      for (int64_t x = 0; x < across; x += kLanes) {
+        const int64_t rows = part(along, y), columns = part(across, x);
+        Vec square[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i)
+          square[i] = i < columns ? load_run(from + y * from_along + (x + i) * from_across, from_along, rows) : Vec{};
+        transpose(square);
+        for (int64_t i = 0; i < rows; ++i)
+          put_run<kAdd>(to + (y + i) * to_along + x * to_across, to_across, square[i], columns);
+      }
   }
-  for (; i < count; ++i) to[i * to_step] = from[i * from_step];
-}
-
-// Copies a block; the elements of both have the same type.
-static void copy_block(const CrossScanBlock& block, const Map& to_map, Elements to, const Map& from_map,
-                       Elements from) {
-  const Steps to_steps = steps(to_map), from_steps = steps(from_map);
-  const auto copy = [&](auto* t, const auto* f) {
-    for_runs(block, Order(to_steps.of), to_steps, from_steps,
-             [&](int64_t to_offset, int64_t from_offset, int64_t to_step, int64_t from_step, int64_t count)
-                 ALWAYS_INLINE { copy_run(t + to_offset, to_step, f + from_offset, from_step, count); });
-  };
-  if (to.dtype == DType::kFloat32)
-    copy(static_cast<uint32_t*>(to.data), static_cast<const uint32_t*>(from.data));
-  else
-    copy(static_cast<uint16_t*>(to.data), static_cast<const uint16_t*>(from.data));
 }
 
 }  // namespace

@@ -49,9 +49,9 @@ struct CrossScanBlock {
     } else if (image_inside) {
       size[0] = 256, size[1] = 1, size[2] = 4;
     } else {
-      size[1] = p.height < 32 ? p.height : 32, size[2] = p.width < 32 ? p.width : 32;
+      size[1] = p.height < 64 ? p.height : 64, size[2] = p.width < 64 ? p.width : 64;
       const int64_t pixels = size[1] * size[2];
-      size[0] = pixels ? 1024 / pixels : 1;  // several small images
+      size[0] = pixels ? kMost / pixels : 1;  // several small images
     }
   }
 };

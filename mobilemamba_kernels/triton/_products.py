@@ -134,14 +134,17 @@ def fitting_block(size: int, largest: int) -> int:
     return block
 
 
-def product_tile(count: int, outputs: int, depth: int, dtype: torch.dtype, vector: int) -> tuple[int, int, int, int]:
-    """Positions, outputs and depth of a tile, and its warps."""
+def product_tile(
+    count: int, outputs: int, depth: int, dtype: torch.dtype, vector: int
+) -> tuple[int, int, int, dict[str, int]]:
+    """Positions, outputs and depth of a tile, and options of its launch."""
     if dtype == torch.float32 or vector < 8:  # what is read element by element takes registers for each address
-        return 64, fitting_block(outputs, 64), fitting_block(depth, 16 if dtype == torch.float32 else 32), 8
+        options = {"num_warps": 8, "maxnreg": ALL_REGISTERS}
+        return 64, fitting_block(outputs, 64), fitting_block(depth, 16 if dtype == torch.float32 else 32), options
     across, positions = fitting_block(outputs, 128), 128
     while positions > 16 and blocks(count, positions) * blocks(outputs, across) < BUSY:
         positions //= 2
-    return positions, across, fitting_block(depth, 64), 8 if positions * across >= 128 * 128 else 4
+    return positions, across, fitting_block(depth, 64), {"num_warps": 8 if positions * across >= 128 * 128 else 4}
 
 
 def vector_of(maps: Sequence[Tensor], weight: Tensor, *sizes: int) -> int:
@@ -174,9 +177,8 @@ def multiply(
     parts = [t.shape[1] for t in maps]
     multiplied = multiplied_as(maps[0].dtype, weight)
     vector = vector_of((*maps, *residuals, y), weight, *parts, outputs)
-    positions, across, depth, num_warps = product_tile(count, outputs, max(parts), multiplied, vector)
+    positions, across, depth, options = product_tile(count, outputs, max(parts), multiplied, vector)
     multiply_type, precision = multiplication(multiplied)
-    registers = ALL_REGISTERS if vector < 8 or multiplied == torch.float32 else None
     x, second, third = (*maps, None, None)[:3]
     residual, other = (*residuals, None, None)[:2]
     launch(
@@ -187,6 +189,6 @@ def multiply(
         *strides_of(residual), *strides_of(other), *y.stride(),
         INPUT_ACTIVATION=input_activation, ACTIVATION=activation, MULTIPLY=multiply_type, PRECISION=precision,
         VECTOR=vector, POSITIONS=positions, OUTPUTS=across, DEPTH=depth, INDEX=index_type(*maps, *residuals, y),
-        num_warps=num_warps, maxnreg=registers,
+        **options,
     )  # fmt: skip
     return y

@@ -90,14 +90,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     multiplied = multiplied_as(x.dtype, weight)
     vector = 1 if taps_in_depth else vector_of((x, y), matrix, channels, outputs)
     depth = k * k * channels if taps_in_depth else channels
-    positions, across, depth, num_warps = product_tile(count, outputs, depth, multiplied, vector)
+    positions, across, depth, options = product_tile(count, outputs, depth, multiplied, vector)
     multiply_type, precision = multiplication(multiplied)
     launch(
         _kernel, blocks(count, positions) * blocks(outputs, across),
         x, matrix, bias, y, channels, outputs, height, width, out_height, out_width, count, stride, padding,
         *x.stride(), *matrix.stride(), *strides_of(bias, 1), *y.stride(),
         K=k, TAPS_IN_DEPTH=taps_in_depth, ACTIVATION=activation, MULTIPLY=multiply_type, PRECISION=precision,
-        VECTOR=vector, POSITIONS=positions, OUTPUTS=across, DEPTH=depth, INDEX=index_type(x, y), num_warps=num_warps,
+        VECTOR=vector, POSITIONS=positions, OUTPUTS=across, DEPTH=depth, INDEX=index_type(x, y), **options,
     )  # fmt: skip
     return y
 

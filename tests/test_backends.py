@@ -204,6 +204,13 @@ def test_bias_of_another_size_below_the_public_function(wrong, instruction_set):
         call()
 
 
+@pytest.mark.parametrize(("height", "width"), [(3, (5 + 2**64) // 3), (-1, -5), (5, 0), (0, 0)])
+def test_rows_that_are_not_the_positions_are_refused(height, width):
+    """Also where their product, modulo 2⁶⁴, is that of the positions."""
+    with pytest.raises(RuntimeError, match="5 positions are not"):
+        torch.ops.mobilemamba.cross_merge_fwd(torch.randn(1, 4, 1, 5), height, width, 0, False, False)
+
+
 def test_too_little_memory_gets_a_sentence():
     """In a process that may not grow by the half gigabyte that a row of this padding takes."""
     resource = pytest.importorskip("resource")

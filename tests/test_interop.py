@@ -1,5 +1,6 @@
 """The drop-ins against what the published code computed (data/interop.py), and how they are put in place."""
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -390,6 +391,17 @@ def test_fewer_channels_of_steps_serve_several():
     )
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("channel_first", [True, False])
+def test_sequences_are_added_in_float32(backend, channel_first):
+    y = torch.tensor([6e4, -6e4, 6e4, 1], dtype=torch.float16).view(1, 4, 1, 1, 1).repeat(1, 1, 2, 3, 4)
+    y = y if channel_first else y.permute(0, 3, 4, 1, 2)
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        merged = vmamba.cross_merge_fn(y, out_channel_first=channel_first)
+    assert merged.is_contiguous()
+    assert torch.equal(merged, torch.full((1, 2, 12), 6e4, dtype=torch.float16))
+
+
 def test_wtconv_layers_that_exist(monkeypatch):
     class Original(wtconv.WTConv2d):
         def forward(self, x):
@@ -459,6 +471,7 @@ def test_wtconv_refuses_the_filters_of_another_wavelet():
         (lambda: vmamba.cross_scan_fn(torch.ones(2, 3, 4)), r"cross_scan_fn: x must have shape \(batch, C, H, W\)"),
         (lambda: vmamba.cross_scan_fn(torch.ones(2, 3, 4, 5), scans=3), "scans must be 0 .* got 3"),
         (lambda: vmamba.cross_scan_fn(torch.ones(2, 3, 4, 5, 6), one_by_one=True), "x must hold 4 images.* got 3"),
+        (lambda: vmamba.cross_scan_fn(torch.ones(2, 3, 4, 5), scans=torch.ones(2)), "scans must be 0"),
         (lambda: vmamba.cross_merge_fn(torch.ones(2, 3, 4, 5, 6)), "y must hold 4 sequences; got 3"),
         (lambda: vmamba.selective_scan_fn(*scan_arguments(), backend="triton"), "backend must be None, oflex"),
         (

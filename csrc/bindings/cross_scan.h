@@ -7,15 +7,26 @@
 
 namespace mobilemamba {
 
+inline Scans scans_of(int64_t scans) {
+  STD_TORCH_CHECK(0 <= scans && scans <= 2, "mobilemamba: scans must be 0, 1 or 2, got ", scans);
+  return static_cast<Scans>(scans);
+}
+
+// Checks that a dimension has height · width elements, a product that may be too large for an integer.
+inline void check_positions(const Tensor& t, int64_t dim, int64_t height, int64_t width) {
+  const int64_t size = t.size(dim);
+  const bool fits = width > 0 ? size % width == 0 && size / width == height : size == 0 && width == 0 && height >= 0;
+  STD_TORCH_CHECK(fits, "mobilemamba: ", size, " positions are not ", height, " rows of ", width);
+}
+
 // images: (batch, C, H, W), or (batch, 4, C, H, W) with an image a sequence.
 inline CrossScanParams with_maps(const Tensor& images, int64_t scans) {
   CrossScanParams p{};
   const int64_t dims = images.dim(), first = dims - 3;
   STD_TORCH_CHECK(dims == 4 || dims == 5, "mobilemamba: images must have 4 or 5 dimensions, got ", dims);
-  STD_TORCH_CHECK(0 <= scans && scans <= 2, "mobilemamba: scans must be 0, 1 or 2, got ", scans);
   p.batch = images.size(0), p.channels = images.size(first);
   p.height = images.size(first + 1), p.width = images.size(first + 2);
-  p.scans = static_cast<Scans>(scans), p.one_by_one = dims == 5;
+  p.scans = scans_of(scans), p.one_by_one = dims == 5;
   if (p.one_by_one) check_size(images, 1, 4);
   p.image = {elements(images), images.stride(0), images.stride(first), images.stride(first + 1),
              images.stride(first + 2)};
@@ -31,12 +42,10 @@ inline CrossScanParams with_rows(const Tensor& images, int64_t height, int64_t w
   const int64_t position = channels_last ? 1 : channel + 1;
   STD_TORCH_CHECK(dims == 3 + one_by_one, "mobilemamba: images in rows must have ", 3 + one_by_one, " dimensions, got ",
                   dims);
-  STD_TORCH_CHECK(0 <= scans && scans <= 2, "mobilemamba: scans must be 0, 1 or 2, got ", scans);
   p.batch = images.size(0), p.channels = images.size(channel), p.height = height, p.width = width;
-  p.scans = static_cast<Scans>(scans), p.one_by_one = one_by_one;
+  p.scans = scans_of(scans), p.one_by_one = one_by_one;
   if (one_by_one) check_size(images, channel - 1, 4);
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "mobilemamba: height and width must be at least 0");
-  check_size(images, position, height * width);
+  check_positions(images, position, height, width);
   const int64_t step = images.stride(position);
   p.image = {elements(images), images.stride(0), images.stride(channel), width * step, step};
   p.next_image = one_by_one ? images.stride(channel - 1) : 0;
@@ -48,7 +57,7 @@ inline void set_sequences(CrossScanParams& p, const Tensor& sequences, bool chan
   const int64_t k = 1 + channels_last, channel = k + 1, position = channels_last ? 1 : 3;
   STD_TORCH_CHECK(sequences.dim() == 4, "mobilemamba: sequences must have 4 dimensions, got ", sequences.dim());
   check_size(sequences, 0, p.batch), check_size(sequences, k, 4), check_size(sequences, channel, p.channels);
-  check_size(sequences, position, p.height * p.width);
+  check_positions(sequences, position, p.height, p.width);
   p.sequence = {elements(sequences), sequences.stride(0), sequences.stride(channel), sequences.stride(position)};
   p.next_sequence = sequences.stride(k);
   STD_TORCH_CHECK(p.image.elements.dtype == p.sequence.elements.dtype,

@@ -5,18 +5,15 @@
 namespace mobilemamba {
 namespace {
 
-__global__ void __launch_bounds__(kCrossScanThreads) scan_kernel(CrossScanParams p) {
+__global__ void __launch_bounds__(kCrossScanThreads) scan_kernel(CrossScanParams p, int64_t first) {
   float* tile = shared_memory;
-  for (int64_t item = blockIdx.x; item < cross_scan_items(p); item += gridDim.x) {
-    const CrossScanItem at(p, item);
-    at.for_elements(p.image_of(at.k), [&](auto& element, int place) { tile[place] = to_float(element); });
-    __syncthreads();
-    for (int64_t k = at.k; k < (p.one_by_one ? at.k + 1 : 4); ++k)
-      at.for_elements(p.map_of(k), [&](auto& element, int place) {
-        element = from_float<std::remove_reference_t<decltype(element)>>(tile[place]);
-      });
-    __syncthreads();
-  }
+  const CrossScanItem at(p, first + blockIdx.x);
+  at.for_elements(p.image_of(at.k), [&](auto& element, int place) { tile[place] = to_float(element); });
+  __syncthreads();
+  for (int64_t k = at.k; k < (p.one_by_one ? at.k + 1 : 4); ++k)
+    at.for_elements(p.map_of(k), [&](auto& element, int place) {
+      element = from_float<std::remove_reference_t<decltype(element)>>(tile[place]);
+    });
 }
 
 }  // namespace

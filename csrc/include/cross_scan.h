@@ -37,11 +37,12 @@ struct CrossScanParams {
 // Channels, rows and columns of an image that are worked on at a time: where neighbours in memory are channels,
 // columns, or each on one side.
 struct CrossScanBlock {
-  static constexpr int64_t kMost = 4096;  // elements
+  static constexpr int64_t kCpu = 64, kGpu = 32;  // sides
 
   int64_t size[3];
 
-  ANYWHERE explicit CrossScanBlock(const CrossScanParams& p) {
+  // side: the most rows and columns, where neighbours are columns.
+  ANYWHERE CrossScanBlock(const CrossScanParams& p, int64_t side) {
     const bool image_inside = p.image.channel < p.image.column;
     const bool sequence_inside = p.sequence.channel < p.sequence.position;
     if (image_inside != sequence_inside) {
@@ -49,29 +50,30 @@ struct CrossScanBlock {
     } else if (image_inside) {
       size[0] = 256, size[1] = 1, size[2] = 4;
     } else {
-      size[1] = p.height < 64 ? p.height : 64, size[2] = p.width < 64 ? p.width : 64;
-      const int64_t pixels = size[1] * size[2];
-      size[0] = pixels ? kMost / pixels : 1;  // several small images
+      size[1] = p.height < side ? p.height : side, size[2] = p.width < side ? p.width : side;
+      const int64_t small = side * side / (size[1] * (size[2] + 1) + 1);  // images, each with room for padding
+      size[0] = small > 1 ? small : 1;
     }
   }
 };
 
-// The dimensions channel, row, column of a map, the one with the largest steps first.
+// The dimensions channel, row, column, the one with the largest steps first, those of one element before all.
 struct Order {
   int dim[3];
 
-  ANYWHERE explicit Order(const int64_t (&stride)[3]) : dim{0, 1, 2} {
-    int64_t size[3];
-    for (int i = 0; i < 3; ++i) size[i] = stride[i] < 0 ? -stride[i] : stride[i];
-    sort(size, 0), sort(size, 1), sort(size, 0);
+  template <class Size>
+  ANYWHERE Order(const int64_t (&steps)[3], const Size (&sizes)[3]) : dim{0, 1, 2} {
+    int64_t step[3];
+    for (int i = 0; i < 3; ++i) step[i] = sizes[i] == 1 ? INT64_MAX : steps[i] < 0 ? -steps[i] : steps[i];
+    sort(step, 0), sort(step, 1), sort(step, 0);
   }
 
  private:
-  ANYWHERE void sort(int64_t (&size)[3], int i) {
-    if (size[i] >= size[i + 1]) return;
-    const int64_t other = size[i];
+  ANYWHERE void sort(int64_t (&step)[3], int i) {
+    if (step[i] >= step[i + 1]) return;
+    const int64_t other = step[i];
     const int other_dim = dim[i];
-    size[i] = size[i + 1], dim[i] = dim[i + 1], size[i + 1] = other, dim[i + 1] = other_dim;
+    step[i] = step[i + 1], dim[i] = dim[i + 1], step[i + 1] = other, dim[i + 1] = other_dim;
   }
 };
 

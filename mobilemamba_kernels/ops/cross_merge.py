@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
-from mobilemamba_kernels.ops._checks import check_dims, check_tensors
+from mobilemamba_kernels.ops._checks import accumulate_dtype, check_dims, check_tensors
 from mobilemamba_kernels.ops.cross_scan import check_scans
 
 
@@ -30,8 +30,8 @@ def cross_merge_fn(
 
     Returns:
         (batch, C, H W), or (batch, H W, C) unless ``in_channel_first``; with ``one_by_one`` (batch, 4, C, H W) or
-        (batch, H W, 4, C). Contiguous; sums are rounded once. Differentiable once; any number of times on the
-        reference.
+        (batch, H W, 4, C). Contiguous; sums of 16 bits are taken in float32. Differentiable once; any number of times
+        on the reference.
 
     Raises:
         TypeError: y is no real floating-point tensor.
@@ -45,21 +45,24 @@ def cross_merge_fn(
     if sequences.shape[1] != 4:
         raise ValueError(f"{op}: y must hold 4 sequences; got {sequences.shape[1]}")
     height, width = sequences.shape[3:]
-    args = (sequences.flatten(3), height, width, int(scans), bool(one_by_one), not in_channel_first)
+    args = (sequences.flatten(3), height, width, scans, bool(one_by_one), not in_channel_first)
     return _run[choose("cross_merge", y)](*args)
 
 
 def _reference(sequences: Tensor, height: int, width: int, scans: int, one_by_one: bool, channels_last: bool) -> Tensor:
-    forth, back = sequences[:, :2], sequences[:, 2:] if scans == 1 else sequences[:, 2:].flip(-1)
+    wide = sequences.to(accumulate_dtype(sequences.dtype))
+    forth, back = wide[:, :2], wide[:, 2:] if scans == 1 else wide[:, 2:].flip(-1)
     images = []
     for pair in (forth, back) if one_by_one else (forth + back,):
         columns = pair[:, 1].unflatten(-1, (width, height)).mT.flatten(2) if scans == 0 else pair[:, 1]
         images += [pair[:, 0], columns]
     if one_by_one:
         merged = torch.stack(images, 1)
-        return merged.permute(0, 3, 1, 2).contiguous() if channels_last else merged
-    merged = images[0] + images[1]
-    return merged.mT.contiguous() if channels_last else merged
+        merged = merged.permute(0, 3, 1, 2) if channels_last else merged
+    else:
+        merged = images[0] + images[1]
+        merged = merged.mT if channels_last else merged
+    return merged.to(sequences.dtype).contiguous()
 
 
 def _fake(sequences: Tensor, height: int, width: int, scans: int, one_by_one: bool, channels_last: bool) -> Tensor:

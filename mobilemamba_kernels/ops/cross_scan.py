@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mobilemamba_kernels._library import define_operator
 from mobilemamba_kernels.backends import choose
-from mobilemamba_kernels.ops._checks import check_dims, check_tensors
+from mobilemamba_kernels.ops._checks import accumulate_dtype, check_dims, check_tensors
 
 
 def cross_scan_fn(
@@ -47,21 +47,22 @@ def cross_scan_fn(
     else:
         check_dims(op, "x", x, "batch, C, H, W" if in_channel_first else "batch, H, W, C")
         images = x if in_channel_first else x.permute(0, 3, 1, 2)
-    return _run[choose("cross_scan", x)](images, int(scans), not out_channel_first)
+    return _run[choose("cross_scan", x)](images, scans, not out_channel_first)
 
 
 def check_scans(op: str, scans: int) -> None:
     """Raise ValueError unless there is such a kind of scan."""
-    if scans not in (0, 1, 2):
+    if not isinstance(scans, int) or scans not in (0, 1, 2):
         raise ValueError(f"{op}: scans must be 0 (cross), 1 (in one direction) or 2 (in both); got {scans!r}")
 
 
 def _reference(images: Tensor, scans: int, channels_last: bool) -> Tensor:
+    wide = images.to(accumulate_dtype(images.dtype))  # in which the gradient is summed
     paths = []
-    for k, image in enumerate(images.unbind(1) if images.ndim == 5 else (images,) * 4):
+    for k, image in enumerate(wide.unbind(1) if images.ndim == 5 else (wide,) * 4):
         path = (image.mT if scans == 0 and k % 2 else image).flatten(2)
         paths.append(path.flip(-1) if scans != 1 and k >= 2 else path)
-    sequences = torch.stack(paths, 1)
+    sequences = torch.stack(paths, 1).to(images.dtype)
     return sequences.permute(0, 3, 1, 2).contiguous() if channels_last else sequences
 
 

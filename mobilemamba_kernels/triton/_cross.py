@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilemamba_kernels.triton._launch import blocks, channels_inside, index_type, launch
+from mobilemamba_kernels.triton._launch import ALL_REGISTERS, blocks, channels_inside, index_type, launch
 
 
 @triton.jit
@@ -79,7 +79,8 @@ def _cross_kernel(
     IMAGE_INSIDE: tl.constexpr, SEQUENCE_INSIDE: tl.constexpr,
     C: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(INDEX)
+    program, one = tl.program_id(0).to(INDEX), tl.full((), 1, INDEX)
+    height, width, i_image, s_sequence = one * height, one * width, one * i_image, one * s_sequence
     across, down, deep = tl.cdiv(width, X), tl.cdiv(height, Y), tl.cdiv(channels, C)
     first_x, first_y = program % across * X, program // across % down * Y
     first_c, batch = program // across // down % deep * C, program // across // down // deep
@@ -89,7 +90,7 @@ def _cross_kernel(
     inside = (c < channels) & (y < height) & (x < width)
     places = images + batch * i_batch + c * i_channel + y * i_row + x * i_column
     values = tl.load(places, inside, 0.0) if not MERGE else tl.zeros(inside.shape, images.dtype.element_ty)
-    merged = values.to(tl.float32)
+    merged = values
     for k in tl.static_range(4):
         if ONE_BY_ONE and not MERGE and k > 0:
             values = tl.load(places + k * i_image, inside, 0.0)
@@ -100,7 +101,7 @@ def _cross_kernel(
         )  # fmt: skip
         if MERGE and ONE_BY_ONE:
             tl.store(places + k * i_image, values, inside)
-        merged += values.to(tl.float32)
+        merged = values.to(tl.float32) if k == 0 else merged + values.to(tl.float32)  # -0 stays
     if MERGE and not ONE_BY_ONE:
         tl.store(places, merged.to(images.dtype.element_ty), inside)
 
@@ -122,6 +123,7 @@ def _run(images: Tensor, sequences: Tensor, scans: int, merge: bool) -> None:
         images, sequences, channels, height, width, *images.stride(), *sequences.stride(),
         MERGE=merge, ONE_BY_ONE=own == 4, SCANS=scans, IMAGE_INSIDE=inside[0], SEQUENCE_INSIDE=inside[1],
         C=sizes[0], Y=sizes[1], X=sizes[2], INDEX=index_type(images, sequences),
+        maxnreg=ALL_REGISTERS if merge else None,
     )  # fmt: skip
 
 

@@ -277,34 +277,29 @@ def _causal_conv1d(batch: int, dim: int, length: int, width: int, *, has: str = 
     return Case("causal_conv1d_fn", name, arguments, options, benchmark)
 
 
-def _cross_scan(
-    batch: int, channels: int, height: int, width: int, scans: int = 0, *, has: str = "", benchmark: bool = False
+def _cross(
+    op: str,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    scans: int = 0,
+    *,
+    has: str = "",
+    benchmark: bool = False,
 ) -> Case:
-    """``has``: i(nput with its channels last), o(utput so), 1 (one image a sequence)."""
-    own = (4,) if "1" in has else ()
-    shape = (batch, height, width, *own, channels) if "i" in has else (batch, *own, channels, height, width)
+    """``has``: i(mages with their channels last), o(utput, the sequences, so), 1 (one image a sequence)."""
+    x, last = ("y", "o" in has) if op == "cross_merge_fn" else ("x", "i" in has)
+    own = (4,) if "1" in has or op == "cross_merge_fn" else ()
+    shape = (batch, height, width, *own, channels) if last else (batch, *own, channels, height, width)
     name = f"{batch}x{channels}x{height}x{width}-{scans}" + ("-" + has if has else "")
-    options = _cross_options(scans, has)
-    return Case("cross_scan_fn", name, {"x": Argument(shape, positions=2)}, options, benchmark)
-
-
-def _cross_merge(
-    batch: int, channels: int, height: int, width: int, scans: int = 0, *, has: str = "", benchmark: bool = False
-) -> Case:
-    """``has`` as in :func:`_cross_scan`."""
-    shape = (batch, height, width, 4, channels) if "o" in has else (batch, 4, channels, height, width)
-    name = f"{batch}x{channels}x{height}x{width}-{scans}" + ("-" + has if has else "")
-    options = _cross_options(scans, has)
-    return Case("cross_merge_fn", name, {"y": Argument(shape, positions=2)}, options, benchmark)
-
-
-def _cross_options(scans: int, has: str) -> dict[str, Any]:
-    return {
+    options = {
         "in_channel_first": "i" not in has,
         "out_channel_first": "o" not in has,
         "one_by_one": "1" in has,
         "scans": scans,
     }
+    return Case(op, name, {x: Argument(shape, positions=2)}, options, benchmark)
 
 
 def _dwt(batch: int, channels: int, height: int, width: int, benchmark: bool = False) -> Case:
@@ -482,8 +477,8 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "bidirectional_selective_scan": _bidirectional,
     "ss2d_bidirectional": _ss2d,
     "causal_conv1d_fn": _causal_conv1d,
-    "cross_scan_fn": _cross_scan,
-    "cross_merge_fn": _cross_merge,
+    "cross_scan_fn": functools.partial(_cross, "cross_scan_fn"),
+    "cross_merge_fn": functools.partial(_cross, "cross_merge_fn"),
     "haar_dwt2d": _dwt,
     "haar_idwt2d": _idwt,
     "wavelet_depthwise_conv2d": _wavelet,
@@ -546,42 +541,30 @@ CASES: tuple[Case, ...] = (
     _causal_conv1d(2, 5, 0, 4, has="bs"),
     _causal_conv1d(2, 0, 7, 4, has="bqs"),
     _causal_conv1d(1, 1536, 512, 4, has="bs", benchmark=True),
-    _cross_scan(2, 5, 7, 4),
-    _cross_scan(2, 37, 14, 33, has="i"),
-    _cross_scan(1, 1, 1, 1),
-    _cross_scan(2, 37, 14, 13, has="o"),
-    _cross_scan(1, 300, 5, 6, has="io"),
-    _cross_scan(1, 3, 70, 40),
-    _cross_scan(1, 257, 4, 4),
-    _cross_scan(1, 1800, 1, 1, 2),
-    _cross_scan(1, 3, 35, 40, 1),
-    _cross_scan(2, 20, 7, 4, 1, has="io1"),
-    _cross_scan(1, 3, 35, 40, 2),
-    _cross_scan(2, 5, 7, 19, 2, has="i"),
-    _cross_scan(2, 5, 7, 4, has="1"),
-    _cross_scan(2, 20, 17, 4, 2, has="o1"),
-    _cross_scan(0, 3, 4, 4),
-    _cross_scan(2, 3, 0, 5, has="io"),
-    _cross_scan(2, 0, 4, 4, has="1"),
-    _cross_scan(8, 96, 56, 56, benchmark=True),
-    _cross_merge(2, 5, 7, 4),
-    _cross_merge(2, 37, 14, 33, has="i"),
-    _cross_merge(1, 1, 1, 1),
-    _cross_merge(2, 37, 14, 13, has="o"),
-    _cross_merge(1, 300, 5, 6, has="io"),
-    _cross_merge(1, 3, 70, 40),
-    _cross_merge(1, 257, 4, 4),
-    _cross_merge(1, 1800, 1, 1, 2),
-    _cross_merge(1, 3, 35, 40, 1),
-    _cross_merge(2, 20, 7, 4, 1, has="io1"),
-    _cross_merge(1, 3, 35, 40, 2),
-    _cross_merge(2, 5, 7, 19, 2, has="i"),
-    _cross_merge(2, 5, 7, 4, has="1"),
-    _cross_merge(2, 20, 17, 4, 2, has="o1"),
-    _cross_merge(0, 3, 4, 4),
-    _cross_merge(2, 3, 0, 5, has="io"),
-    _cross_merge(2, 0, 4, 4, has="1"),
-    _cross_merge(8, 96, 56, 56, benchmark=True),
+    *(
+        case
+        for op in ("cross_scan_fn", "cross_merge_fn")
+        for case in (
+            _cross(op, 2, 5, 7, 4),
+            _cross(op, 2, 37, 14, 33, has="i"),
+            _cross(op, 1, 1, 1, 1),
+            _cross(op, 2, 37, 14, 13, has="o"),
+            _cross(op, 1, 300, 5, 6, has="io"),
+            _cross(op, 1, 3, 70, 40),
+            _cross(op, 1, 257, 4, 4),
+            _cross(op, 1, 1800, 1, 1, 2),
+            _cross(op, 1, 3, 35, 40, 1),
+            _cross(op, 2, 20, 7, 4, 1, has="io1"),
+            _cross(op, 1, 3, 35, 40, 2),
+            _cross(op, 2, 5, 7, 19, 2, has="i"),
+            _cross(op, 2, 5, 7, 4, has="1"),
+            _cross(op, 2, 20, 17, 4, 2, has="o1"),
+            _cross(op, 0, 3, 4, 4),
+            _cross(op, 2, 3, 0, 5, has="io"),
+            _cross(op, 2, 0, 4, 4, has="1"),
+            _cross(op, 8, 96, 56, 56, benchmark=True),
+        )
+    ),
     _dwt(1, 1, 1, 1),
     _dwt(2, 5, 7, 4),
     _dwt(2, 37, 14, 13),

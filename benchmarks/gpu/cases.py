@@ -7,6 +7,7 @@ import re
 from math import prod
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from gpu import DRY_RUN
@@ -37,6 +38,26 @@ def measured() -> list[Case]:
         BUILDERS["selective_scan_fn"](2, 1024, 4096, 16, bc="1", has="Dzbs"),
         BUILDERS["bidirectional_selective_scan"](4, 512, 8192, 1, has="Dbs"),
     ]
+
+
+_MULTIPLIED = {
+    "ss2d_bidirectional": ("x_proj_weight",),
+    "conv2d_act": ("weight",),
+    "pointwise_conv2d_act": ("weight",),
+    "feed_forward": ("w1", "w2"),
+    "squeeze_excite": ("w1", "w2"),
+}
+"""Weights of products, which an optimized network has in the type of its maps."""
+
+
+def make_arguments(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Channels-last maps, and weights as an optimized network has them."""
+    made = case.make(dtype, "channels_last", device)
+    for name in _MULTIPLIED.get(case.op, ()):
+        made[name] = made[name].to(dtype)
+        if case.op == "conv2d_act":
+            made[name] = made[name].contiguous(memory_format=torch.channels_last)
+    return made
 
 
 def operations(case: Case, direction: str) -> dict[str, float]:

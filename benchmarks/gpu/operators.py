@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu import DRY_RUN
-from gpu.cases import measured, operations
+from gpu.cases import make_arguments, measured, operations
 from gpu.device import (
     DEVICE,
     DTYPES,
@@ -106,7 +106,7 @@ def _measure_one(results: Results, case: Case, direction: str, dtype_name: str, 
     dtype = DTYPES[dtype_name]
     same = {"op": case.op, "case": case.name, "direction": direction, "dtype": dtype_name}
     try:
-        arguments = case.make(dtype, "channels_last", DEVICE)
+        arguments = make_arguments(case, dtype, DEVICE)
         grads = _gradients_of_results(case, arguments) if direction == "backward" else None
         doubled = None if grads is None else [g.double() for g in grads]
         truth = _evaluate(case, map_tensors(Tensor.double, arguments), doubled), _evaluate(case, arguments, grads)

@@ -17,7 +17,7 @@ inline Activation activation_of(const std::string& name) {
 inline Tensor empty_image(const Tensor& x, int64_t channels, int64_t height, int64_t width) {
   const bool differ = channels != 1 && height * width != 1, last = x.stride(1) == 1 && x.size(1) > 1 && differ;
   return torch::stable::empty(
-      {x.size(0), channels, height, width}, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+      {x.size(0), channels, height, width}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
       last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 

@@ -39,6 +39,11 @@ cudaError_t wavelet_depthwise_conv2d_bwd(const WaveletDepthwiseConv2dCudaParams&
 // Chooses the sizes of a scan's launches on the current device, from the operands' sizes and `backward`.
 void plan_selective_scan(SelectiveScanCudaParams& p);
 cudaError_t selective_scan_fwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
+// Plans a scan by channels where the operands allow it; says whether they do.
+bool plan_selective_scan_channels(SelectiveScanCudaParams& p, int64_t multiprocessors);
+bool fits_selective_scan_channels_bwd(const SelectiveScanCudaParams& p);
+cudaError_t selective_scan_channels(const SelectiveScanCudaParams& p, cudaStream_t stream);
+cudaError_t selective_scan_channels_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
 cudaError_t selective_scan_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
 // Fills chunk_decay, chunk_state and, before a backward, chunk_adjoint.
 cudaError_t selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t stream);

@@ -1,10 +1,11 @@
 // The selective scan in one direction or both: forward, and its parts for long sequences.
 //
-// Short: one block goes through the whole sequence of its 32 channels, chunk by chunk where it does not fit; with two
-// directions what the first adds to y waits in registers (one chunk) or in shared memory. Bytes: u once or twice (the
-// second time from a cache), delta, z and the result once. Long, or too few blocks to fill the GPU: every chunk is
-// folded by a block of its own (u and delta read), the folds are joined (chunk_decay and chunk_state, 2 of 16 · warps
-// elements), and every chunk is computed by a block of its own (all read again).
+// One state and dense channels: selective_scan_channels_kernel.cu. Else, short: one block goes through the whole
+// sequence of its 32 channels, chunk by chunk where it does not fit; with two directions what the first adds to y waits
+// in registers (one chunk) or in shared memory. Bytes: u once or twice (the second time from a cache), delta, z and the
+// result once. Long, or too few blocks to fill the GPU: every chunk is folded by a block of its own (u and delta read),
+// the folds are joined (chunk_decay and chunk_state, 2 of 16 · warps elements), and every chunk is computed by a block
+// of its own (all read again).
 #include "cuda/launchers.h"
 #include "cuda/scan.h"
 #include "cuda/scan_variants.h"
@@ -107,6 +108,9 @@ int device_attribute(cudaDeviceAttr attribute) {
 
 void plan_selective_scan(SelectiveScanCudaParams& p) {
   constexpr int64_t kBlocksAProcessor = 2;
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  p.by_channels = plan_selective_scan_channels(p, processors);
+  if (p.by_channels) return;
   const int64_t segment = segment_of(p);
   p.slices = ceil_div(p.dim / p.groups, kWarp);
   p.chunks = ceil_div(p.length, kMostWarps * segment);
@@ -114,12 +118,13 @@ void plan_selective_scan(SelectiveScanCudaParams& p) {
   p.chunks = ceil_div(p.length, p.warps * segment);
   p.range = 1;
   if (p.backward || p.chunks == 1) return;
-  if (blocks_of(p) < kBlocksAProcessor * device_attribute(cudaDevAttrMultiProcessorCount)) return;
+  if (blocks_of(p) < kBlocksAProcessor * processors) return;
   p.range = p.chunks;
   if (forward_floats(p) * 4 > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) p.range = 1;
 }
 
 cudaError_t selective_scan_fwd(const SelectiveScanCudaParams& p, cudaStream_t stream) {
+  if (p.by_channels) return selective_scan_channels(p, stream);
   if (p.range < p.chunks) {
     const cudaError_t error = selective_scan_chunks(p, stream);
     if (error != cudaSuccess) return error;

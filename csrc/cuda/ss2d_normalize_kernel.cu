@@ -1,11 +1,14 @@
 // The last phase of SS2D: LayerNorm over channels, times SiLU(z). Mean, then the squares around it, then the results: y
-// is read from memory once and twice from cache.
+// is read from memory once, and twice from cache where it does not stay in registers.
 //
-// Channels dense: a warp has one position, its lanes channels, and sums by shuffles. Positions dense: a block has 32
-// positions, a lane each, its warps a part of the channels each, and sums in shared memory in the order of the warps.
-// Bytes: y (float32), z and the result once.
+// Channels dense, an even number of them up to 1024: a warp has one position after the other, its lanes pairs of
+// channels, all of them in registers with their weights, and sums by shuffles. Otherwise, channels dense: a warp has
+// one position, its lanes channels, and sums by shuffles. Positions dense: a block has 32 positions, a lane each, its
+// warps a part of the channels each, and sums in shared memory in the order of the warps. Bytes: y (float32), z and the
+// result once.
 #include "cuda/device.h"
 #include "cuda/launchers.h"
+#include "cuda/pair.h"
 
 namespace mobilemamba {
 namespace {
@@ -56,9 +59,99 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) normalize_kernel(Ss2dNormali
   }
 }
 
+__device__ __forceinline__ float sum_lanes(float sum) {
+#pragma unroll
+  for (int mask = 1; mask < kWarp; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+  return sum;
+}
+
+// T: of z and the result. kPairs of channels a lane.
+template <class T, int kPairs>
+__global__ void __launch_bounds__(kWarps* kWarp) pairs_kernel(Ss2dNormalizeParams p) {
+  const int lane = threadIdx.x, dim = static_cast<int>(p.dim);
+  const auto channel = [&](int i) { return 2 * (lane + i * kWarp); };
+  float2 weight[kPairs], bias[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    weight[i] = bias[i] = {0.0f, 0.0f};
+    if (channel(i) >= dim) continue;
+    const auto parameter = [&](const Elements& e, int64_t stride) {
+      return float2{load(e + channel(i) * stride), load(e + (channel(i) + 1) * stride)};
+    };
+    weight[i] = parameter(p.weight, p.weight_stride), bias[i] = parameter(p.bias, p.bias_stride);
+  }
+  const auto count = static_cast<uint32_t>(p.batch * p.length), length = static_cast<uint32_t>(p.length);
+  for (uint32_t item = blockIdx.x * kWarps + threadIdx.y; item < count; item += gridDim.x * kWarps) {
+    const int64_t batch = item / length, position = item % length;
+    const auto* y = static_cast<const float2*>(p.y.at(batch, 0, position).data);
+    const auto* z = static_cast<const Pair<T>*>(p.z.at(batch, 0, position).data);
+    auto* out = static_cast<Pair<T>*>(p.out.at(batch, 0, position).data);
+    float2 value[kPairs];
+    Pair<T> gate[kPairs];
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      value[i] = {0.0f, 0.0f};
+      if (channel(i) < dim) {
+        value[i] = y[channel(i) / 2];
+        if (z) gate[i] = z[channel(i) / 2];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) sum += value[i].x + value[i].y;
+    const float mean = sum_lanes(sum) / static_cast<float>(dim);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      if (channel(i) < dim) {
+        value[i].x -= mean, value[i].y -= mean;
+        squares += value[i].x * value[i].x + value[i].y * value[i].y;
+      }
+    const float scale = 1.0f / sqrtf(sum_lanes(squares) / static_cast<float>(dim) + p.eps);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      if (channel(i) < dim) {
+        float2 result{value[i].x * scale * weight[i].x + bias[i].x, value[i].y * scale * weight[i].y + bias[i].y};
+        if (z) {
+          const float2 g = gate[i].floats();
+          result.x *= silu(g.x), result.y *= silu(g.y);
+        }
+        out[channel(i) / 2] = pair_of<T>(result);
+      }
+  }
+}
+
+bool by_pairs(const Ss2dNormalizeParams& p) {
+  const DType dtype = p.out.elements.dtype;
+  const auto fits = [](const Sequence& s, DType type) {
+    return s.channel == 1 && in_pairs(s.elements, type, s.batch, s.position);
+  };
+  return p.dim % 2 == 0 && p.dim <= 1024 && p.batch * p.length < int64_t{1} << 31 && fits(p.y, DType::kFloat32) &&
+         fits(p.out, dtype) && (!p.z || fits(p.z, dtype));
+}
+
+template <class T>
+cudaError_t launch_pairs(const Ss2dNormalizeParams& p, cudaStream_t stream) {
+  const auto go = [&](auto kernel) {
+    constexpr int64_t kBlocks = 1024;  // a few waves; each warp then has several positions for its weights
+    const int64_t items = ceil_div(p.batch * p.length, kWarps);
+    return launch(kernel, p, items < kBlocks ? items : kBlocks, dim3(kWarp, kWarps), 0, stream);
+  };
+  const int64_t pairs = ceil_div(p.dim, 2 * kWarp);
+  return pairs <= 3   ? go(pairs_kernel<T, 3>)
+         : pairs <= 5 ? go(pairs_kernel<T, 5>)
+         : pairs <= 9 ? go(pairs_kernel<T, 9>)
+                      : go(pairs_kernel<T, 16>);
+}
+
 }  // namespace
 
 cudaError_t ss2d_normalize(const Ss2dNormalizeParams& p, cudaStream_t stream) {
+  if (by_pairs(p)) {
+    const DType dtype = p.out.elements.dtype;
+    return dtype == DType::kFloat32    ? launch_pairs<float>(p, stream)
+           : dtype == DType::kBFloat16 ? launch_pairs<__nv_bfloat16>(p, stream)
+                                       : launch_pairs<__half>(p, stream);
+  }
   const dim3 block(kWarp, kWarps);
   if (by_channels(p)) return launch(normalize_kernel<true>, p, p.batch * ceil_div(p.length, kWarps), block, 0, stream);
   return launch(normalize_kernel<false>, p, p.batch * ceil_div(p.length, kWarp), block, kWarps * kWarp, stream);

@@ -1,0 +1,103 @@
+// What the scans by channels share: a thread has two channels of one direction, whose positions it goes along one by
+// one; a block has 64 channels of a group, a warp for each direction.
+#pragma once
+
+#include "cuda/pair.h"
+#include "cuda/scan.h"
+
+namespace mobilemamba {
+
+constexpr int kChannels = 2 * kWarp;  // of a block
+constexpr int kAhead = 8;             // positions that are on their way while as many are computed
+constexpr int64_t kMostFloats = (108 << 10) / sizeof(float);  // of shared memory: two blocks a multiprocessor
+constexpr int64_t kLongest = 2048;                            // positions
+
+// 2^x and log2 x by the special-function units, to about 22 bits; float32 is computed with the library's functions.
+template <class T>
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (!std::is_same_v<T, float>) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+  }
+#endif
+  return exp2f(x);
+}
+
+// log2(1 + power) of power = 2^x. A small one would be lost in the sum: the first terms of its series are closer than
+// 16 bits.
+template <class T>
+__device__ __forceinline__ float softplus_of_two(float x, float power) {
+  if constexpr (std::is_same_v<T, float>) return x > 20.0f * kLog2E ? x : kLog2E * log1pf(power);
+  const float series = power * (kLog2E - 0.5f * kLog2E * power);
+  float value = 1.0f + power;
+#ifdef __CUDA_ARCH__
+  asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(value));
+#else
+  value = log2f(value);
+#endif
+  value = power < 0.00390625f ? series : value;
+  return x > 20.0f * kLog2E ? x : value;
+}
+
+// Starts a copy of one float to shared memory, which wait_for_copies() waits for.
+__device__ __forceinline__ void start_copy(float* to, const float* from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *to = *from;
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// A pointer that goes along the positions, with a step in bytes that fits 32 bits.
+template <class T>
+struct Walk {
+  char* at;
+  int32_t step;
+  __device__ Walk(const ScanTensor& t, int64_t batch, int64_t k, int64_t channel, int64_t length, bool reverse)
+      : at(static_cast<char*>(t.at(batch, k, channel, 0, reverse ? length - 1 : 0).data)),
+        step(static_cast<int32_t>(reverse ? -t.position : t.position) * static_cast<int32_t>(sizeof(T))) {}
+  __device__ Pair<T>& operator[](int j) const {
+    return *reinterpret_cast<Pair<T>*>(at + static_cast<int64_t>(step) * j);
+  }
+  __device__ void advance(int count) { at += static_cast<int64_t>(step) * count; }
+};
+
+inline bool reads_pairs(const ScanTensor& t, DType dtype) {
+  return t.channel == 1 && t.position * 8 <= INT32_MAX && in_pairs(t.elements, dtype, t.batch, t.direction, t.position);
+}
+
+// Fills (directions, length) of B · scale and C, positions in the order of the direction.
+template <int kDirections>
+__device__ __forceinline__ void read_all_coefficients(float2* to, const SelectiveScanCudaParams& p, int64_t batch,
+                                                      int64_t group, float scale) {
+  constexpr int kThreads = kDirections * kWarp;
+  const int length = static_cast<int>(p.length), thread = threadIdx.y * kWarp + threadIdx.x;
+#pragma unroll
+  for (int d = 0; d < kDirections; ++d) {
+    const auto position = [&](int i) { return d ? length - 1 - i : i; };
+    visit(p.B.at(batch, d, group / p.B_group, 0, 0), [&](const auto* B) {
+#pragma unroll 4
+      for (int i = thread; i < length; i += kThreads)
+        to[d * length + i].x = to_float(B[position(i) * p.B.position]) * scale;
+    });
+    visit(p.C.at(batch, d, group / p.C_group, 0, 0), [&](const auto* C) {
+#pragma unroll 4
+      for (int i = thread; i < length; i += kThreads) to[d * length + i].y = to_float(C[position(i) * p.C.position]);
+    });
+  }
+}
+
+// A parameter of a direction's channel and the next, 0 where it is absent.
+__device__ __forceinline__ float2 read_pair(const ScanTensor& t, int64_t k, int64_t channel, int64_t n = 0) {
+  return t ? float2{load(t.at(0, k, channel, n, 0)), load(t.at(0, k, channel + 1, n, 0))} : float2{0.0f, 0.0f};
+}
+
+}  // namespace mobilemamba

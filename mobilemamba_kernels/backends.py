@@ -27,17 +27,17 @@ TRITON_ERROR: str | None = None if importlib.util.find_spec("triton") else "the 
 """Why Triton kernels cannot run, or None where they can."""
 
 PREFERENCES: tuple[tuple[str, int, str], ...] = (
-    # operator, from so many elements of its first argument on, backend. What is measured on a GPU belongs here; so far
-    # each operator prefers its hand-written kernel, and products, which CUDA C++ does not hold, are Triton's.
+    # operator, from so many elements of its first argument on, backend. Measured on an H200 (benchmarks/results), but
+    # for the updates, which prefer their hand-written kernel; products are Triton's alone.
     ("selective_scan", 0, "cuda"),
     ("bidirectional_selective_scan", 0, "cuda"),
     ("selective_state_update", 0, "cuda"),
     ("ss2d_bidirectional", 0, "cuda"),
-    ("causal_conv1d", 0, "cuda"),
+    ("causal_conv1d", 0, "triton"),
     ("causal_conv1d_update", 0, "cuda"),
     ("cross_scan", 0, "cuda"),
-    ("cross_merge", 0, "cuda"),
-    ("haar_dwt2d", 0, "cuda"),
+    ("cross_merge", 0, "triton"),
+    ("haar_dwt2d", 0, "triton"),
     ("haar_idwt2d", 0, "cuda"),
     ("wavelet_depthwise_conv2d", 0, "cuda"),
     ("depthwise_conv2d_act", 0, "cuda"),

@@ -104,13 +104,20 @@ def _ours(backend: str, case: Case, arguments: dict[str, Any], grads: Sequence[T
     return _differentiable(function, case, arguments, grads)
 
 
-def _plain(case: Case, arguments: dict[str, Any], grads: Sequence[Tensor] | None) -> Call:
+def _loops(case: Case, arguments: dict[str, Any]) -> bool:
+    """Whether plain PyTorch would launch thousands of kernels, one position after the other."""
+    return case.op in ("selective_scan_fn", "bidirectional_selective_scan") and arguments["u"].shape[-1] > 512
+
+
+def _plain(case: Case, arguments: dict[str, Any], grads: Sequence[Tensor] | None) -> Call | None:
+    if _loops(case, arguments):
+        return None
     return _differentiable(lambda case, arguments: case.peer(arguments), case, arguments, grads)
 
 
 def _compiled(case: Case, arguments: dict[str, Any], grads: Sequence[Tensor] | None) -> Call | None:
-    if arguments[next(iter(arguments))].shape[-1] > 512 and "scan" in case.op:
-        return None  # the compiler would unroll thousands of steps
+    if _loops(case, arguments):
+        return None
     torch.compiler.reset()
     function = torch.compile(PEERS.get(case.op) or getattr(mobilemamba_kernels, case.op), dynamic=False)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpu import DRY_RUN
 from gpu.cases import make_arguments, measured, operations
 from gpu.device import (
+    BACKENDS,
     DEVICE,
     DTYPES,
     Results,
@@ -27,7 +28,7 @@ from gpu.device import (
     time_in_turn,
     warm_up,
 )
-from gpu.engines import ENGINES, Engine, Named
+from gpu.engines import ENGINES, Engine, Named, has_kernel
 from mobilemamba.bench import DIRECTIONS
 from mobilemamba_kernels import use_backend
 from mobilemamba_kernels.testing import Case, assert_close, mamba_ssm_tolerance, map_tensors, tensors, traffic
@@ -50,8 +51,10 @@ def measure(results: Results, dtypes: Sequence[str], only: str = "") -> None:
     # Against our kernels once more, so that they are compared in one breath.
     passes += [(dtype, [e for e in available if e.compiled or e.ours]) for dtype in dtypes[:1]]
     for dtype, engines in passes:
-        for case in chosen:
-            for direction in DIRECTIONS:
+        for direction in DIRECTIONS:
+            for case in chosen:
+                if not any(has_kernel(backend, case, direction == "backward") for backend in BACKENDS):
+                    continue
                 what = f"{case} {direction} {dtype}: {', '.join(engine.name for engine in engines)}"
                 if results.left <= 0:
                     results.leave_out(what, "the time is up")

@@ -1,4 +1,5 @@
-// depthwise_conv2d_act: a thread has one channel and one column of outputs and goes down a strip of rows.
+// depthwise_conv2d_act; channels-last maps are mostly taken by depthwise_conv2d_act_pairs. A thread has one channel and
+// one column of outputs and goes down a strip of rows.
 //
 // A block has some channels and columns, in whose order its threads read whole sectors of either layout: 32 channels by
 // 8 columns where channels are dense, else whole rows. Its filters pass through shared memory, in whole sectors too, to
@@ -6,6 +7,7 @@
 // complete: a row of the image, read once by a thread, meets the whole filter at once and adds to all of them. At k = 7
 // that is 49 multiply-adds and 7 loads an output, which the columns beside it find in the first cache. Bytes: x (with
 // the few rows that strips share), residual and y once; the filters once for each block and strip.
+#include "cuda/depthwise_conv2d_act_pairs.h"
 #include "cuda/device.h"
 #include "cuda/launchers.h"
 
@@ -197,6 +199,7 @@ cudaError_t plan(Plan& p) {
 }  // namespace
 
 cudaError_t depthwise_conv2d_act(const DepthwiseConv2dActParams& params, cudaStream_t stream) {
+  if (depthwise_takes_pairs(params)) return depthwise_conv2d_act_pairs(params, stream);
   Plan p{params};
   const cudaError_t error = plan(p);
   if (error != cudaSuccess) return error;

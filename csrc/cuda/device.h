@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "include/activation.h"
@@ -34,6 +35,91 @@ __device__ __forceinline__ T from_float(float x) {
     return __float2half(x);
   else
     return x;
+}
+
+// Two channels side by side, as memory has them: what kernels for channels-last maps load and store at once.
+template <class T>
+struct alignas(2 * sizeof(T)) TwoChannels {
+  uint32_t words[sizeof(T) / 2];
+
+  __device__ __forceinline__ float2 floats() const {
+    float2 f;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper halves of floats
+      const uint32_t bits[2] = {words[0] << 16, words[0] & 0xffff0000u};
+      memcpy(&f, bits, sizeof f);
+    } else {
+      T values[2];
+      memcpy(values, words, sizeof values);
+      f = {to_float(values[0]), to_float(values[1])};
+    }
+    return f;
+  }
+  static __device__ __forceinline__ TwoChannels of(float2 f) {
+    TwoChannels two;
+#ifdef __CUDA_ARCH__  // one instruction for both
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const __nv_bfloat162 values = __floats2bfloat162_rn(f.x, f.y);
+      memcpy(two.words, &values, sizeof two);
+      return two;
+    } else if constexpr (std::is_same_v<T, __half>) {
+      const __half2 values = __floats2half2_rn(f.x, f.y);
+      memcpy(two.words, &values, sizeof two);
+      return two;
+    }
+#endif
+    const T values[2] = {from_float<T>(f.x), from_float<T>(f.y)};
+    memcpy(two.words, values, sizeof two);
+    return two;
+  }
+};
+
+// Whether two channels of a type can be read at once from there, and from there plus any of the strides.
+template <class... Strides>
+bool in_pairs(const Elements& e, DType dtype, Strides... strides) {
+  return e.dtype == dtype && ((strides % 2 == 0) && ...) &&
+         reinterpret_cast<uintptr_t>(e.data) % (2 * element_size(dtype)) == 0;
+}
+
+struct alignas(16) SixteenBytes {
+  uint32_t words[4];
+};
+
+// Divides numbers i for which i * divisor < 2^20.
+struct SmallDivisor {
+  static constexpr int kShift = 20;
+  unsigned divisor = 1, reciprocal = 1u << kShift;
+
+  SmallDivisor() = default;
+  ANYWHERE explicit SmallDivisor(int64_t d)
+      : divisor(static_cast<unsigned>(d)), reciprocal(((1u << kShift) + divisor - 1) / divisor) {}
+  __device__ __forceinline__ unsigned quotient(unsigned i) const { return i * reciprocal >> kShift; }
+};
+
+// Whether kernels may take a map two channels at a time, with 32-bit offsets within an image.
+inline bool channels_are_pairs(const Map& map, int64_t channels, int64_t rows, int64_t columns) {
+  const int64_t last = (rows - 1) * map.row + (columns - 1) * map.column + channels;
+  return map.channel == 1 && channels % 2 == 0 && last <= INT32_MAX && map.row <= INT32_MAX &&
+         map.column <= INT32_MAX && in_pairs(map.elements, map.elements.dtype, map.batch, map.row, map.column);
+}
+// And whether they may take 16 bytes at a time, where channels_are_pairs.
+inline bool channels_are_vectors(const Map& map, int64_t channels) {
+  const int64_t vector = 16 / element_size(map.elements.dtype);
+  return channels % vector == 0 && map.batch % vector == 0 && map.row % vector == 0 && map.column % vector == 0 &&
+         reinterpret_cast<uintptr_t>(map.elements.data) % 16 == 0;
+}
+
+// Asks for what will be read later to come into the L2 cache.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// Calls f(element) with a value of the elements' type, on the host.
+template <class F>
+auto with_element(DType dtype, F f) {
+  if (dtype == DType::kFloat32) return f(float{});
+  return dtype == DType::kBFloat16 ? f(__nv_bfloat16{}) : f(__half{});
 }
 
 // Hides where a value comes from, so that what is computed from it is not computed ahead and kept in registers.
@@ -73,6 +159,16 @@ __device__ __forceinline__ void store(const Elements& e, float value) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp2f(-kLog2E * x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+// To a unit or two in the last place: without the slow path of a division, which a quotient of this form never takes.
+__device__ __forceinline__ float quick_silu(float x) {
+#ifdef __CUDA_ARCH__
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + exp2f(-kLog2E * x)));
+  return x * reciprocal;
+#else
+  return silu(x);
+#endif
+}
 __device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(exp2f(kLog2E * x)); }
 
 __device__ __forceinline__ float activate(float x, Activation activation) {

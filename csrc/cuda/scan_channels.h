@@ -2,7 +2,6 @@
 // one; a block has 64 channels of a group, a warp for each direction.
 #pragma once
 
-#include "cuda/pair.h"
 #include "cuda/scan.h"
 
 namespace mobilemamba {
@@ -64,11 +63,24 @@ struct Walk {
   __device__ Walk(const ScanTensor& t, int64_t batch, int64_t k, int64_t channel, int64_t length, bool reverse)
       : at(static_cast<char*>(t.at(batch, k, channel, 0, reverse ? length - 1 : 0).data)),
         step(static_cast<int32_t>(reverse ? -t.position : t.position) * static_cast<int32_t>(sizeof(T))) {}
-  __device__ Pair<T>& operator[](int j) const {
-    return *reinterpret_cast<Pair<T>*>(at + static_cast<int64_t>(step) * j);
+  __device__ TwoChannels<T>& operator[](int j) const {
+    return *reinterpret_cast<TwoChannels<T>*>(at + static_cast<int64_t>(step) * j);
   }
   __device__ void advance(int count) { at += static_cast<int64_t>(step) * count; }
 };
+
+// Calls f(j) for j below `count`; for kAhead of them without conditions, so that their loads leave one after the other.
+template <class F>
+__device__ __forceinline__ void each(int count, F f) {
+  if (count == kAhead) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) f(j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (j < count) f(j);
+  }
+}
 
 inline bool reads_pairs(const ScanTensor& t, DType dtype) {
   return t.channel == 1 && t.position * 8 <= INT32_MAX && in_pairs(t.elements, dtype, t.batch, t.direction, t.position);

@@ -98,17 +98,13 @@ __global__ void __launch_bounds__(kDirections* kWarp)
   };
   const Walk<T> u = walk(p.u, k), delta = walk(p.delta, k), dy = walk(p.grad_out, 0);
   const Walk<T> du = walk(p.grad_u, k), ddelta = walk(p.grad_delta, k);
-  Pair<T> next_u[kAhead], next_delta[kAhead], next_dy[kAhead];
+  TwoChannels<T> next_u[kAhead], next_delta[kAhead], next_dy[kAhead];
   const auto read_ahead = [&](int q, bool backward) {
     const int begin = begin_of(q), count = count_of(q);
     Walk<T> at_u = u, at_delta = delta, at_dy = dy;
     at_u.advance(begin), at_delta.advance(begin), at_dy.advance(begin);
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      if (j < count) {
-        next_u[j] = at_u[j], next_delta[j] = at_delta[j];
-        if (backward) next_dy[j] = at_dy[j];
-      }
+    each(count, [&](int j) { next_u[j] = at_u[j], next_delta[j] = at_delta[j]; });
+    if (backward) each(count, [&](int j) { next_dy[j] = at_dy[j]; });
   };
 
   float2 h{0.0f, 0.0f};
@@ -197,12 +193,12 @@ __global__ void __launch_bounds__(kDirections* kWarp)
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
       if (kWhole || i < count) {
-        if (inside) to_delta[i] = pair_of<T>(x[i]);
+        if (inside) to_delta[i] = TwoChannels<T>::of(x[i]);
         if (leaves) {
           leave[i * kWarp] = grad[i];
         } else {
           if (shared_u) grad[i].x += find[-i * kWarp].x, grad[i].y += find[-i * kWarp].y;
-          if (inside) to_u[i] = pair_of<T>(grad[i]);
+          if (inside) to_u[i] = TwoChannels<T>::of(grad[i]);
         }
       }
   };

@@ -67,15 +67,13 @@ __global__ void __launch_bounds__(kDirections* kWarp) channels_kernel(SelectiveS
   float2* leave = reinterpret_cast<float2*>(left + (k ? length - length / 2 : 0) * kChannels) + lane;
   const float2* find = reinterpret_cast<float2*>(left + (k ? length - middle - 1 : length - 1) * kChannels) + lane;
 
-  Pair<T> next_u[kAhead], next_delta[kAhead], next_z[kAhead];
+  TwoChannels<T> next_u[kAhead], next_delta[kAhead], next_z[kAhead];
   const auto read_ahead = [&](int count, bool gated) {
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      if (j < count) {
-        next_u[j] = u[j];
-        if (kRank == 0) next_delta[j] = delta[j];
-        if (gated) next_z[j] = z[j];
-      }
+    each(count, [&](int j) {
+      next_u[j] = u[j];
+      if (kRank == 0) next_delta[j] = delta[j];
+    });
+    if (gated) each(count, [&](int j) { next_z[j] = z[j]; });
     u.advance(count), delta.advance(count), z.advance(count);
   };
   float2 h{0.0f, 0.0f};
@@ -127,7 +125,7 @@ __global__ void __launch_bounds__(kDirections* kWarp) channels_kernel(SelectiveS
       if (inside) {
 #pragma unroll
         for (int j = 0; j < kAhead; ++j)
-          if (kWhole || j < count) out[j] = pair_of<TOut>(x[j]);
+          if (kWhole || j < count) out[j] = TwoChannels<TOut>::of(x[j]);
       }
     }
     out.advance(count), coefficient += count, row += count * kRank, leave += count * kWarp;

@@ -8,7 +8,6 @@
 // result once.
 #include "cuda/device.h"
 #include "cuda/launchers.h"
-#include "cuda/pair.h"
 
 namespace mobilemamba {
 namespace {
@@ -71,23 +70,23 @@ __global__ void __launch_bounds__(kWarps* kWarp) pairs_kernel(Ss2dNormalizeParam
   const int lane = threadIdx.x, dim = static_cast<int>(p.dim);
   const auto channel = [&](int i) { return 2 * (lane + i * kWarp); };
   float2 weight[kPairs], bias[kPairs];
+  const auto read = [&](float2(&to)[kPairs], const Elements& from, int64_t stride) {
+    visit(from, [&](const auto* values) {
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    weight[i] = bias[i] = {0.0f, 0.0f};
-    if (channel(i) >= dim) continue;
-    const auto parameter = [&](const Elements& e, int64_t stride) {
-      return float2{load(e + channel(i) * stride), load(e + (channel(i) + 1) * stride)};
-    };
-    weight[i] = parameter(p.weight, p.weight_stride), bias[i] = parameter(p.bias, p.bias_stride);
-  }
+      for (int i = 0; i < kPairs; ++i)
+        if (channel(i) < dim)
+          to[i] = {to_float(values[channel(i) * stride]), to_float(values[(channel(i) + 1) * stride])};
+    });
+  };
+  read(weight, p.weight, p.weight_stride), read(bias, p.bias, p.bias_stride);
   const auto count = static_cast<uint32_t>(p.batch * p.length), length = static_cast<uint32_t>(p.length);
   for (uint32_t item = blockIdx.x * kWarps + threadIdx.y; item < count; item += gridDim.x * kWarps) {
     const int64_t batch = item / length, position = item % length;
     const auto* y = static_cast<const float2*>(p.y.at(batch, 0, position).data);
-    const auto* z = static_cast<const Pair<T>*>(p.z.at(batch, 0, position).data);
-    auto* out = static_cast<Pair<T>*>(p.out.at(batch, 0, position).data);
+    const auto* z = static_cast<const TwoChannels<T>*>(p.z.at(batch, 0, position).data);
+    auto* out = static_cast<TwoChannels<T>*>(p.out.at(batch, 0, position).data);
     float2 value[kPairs];
-    Pair<T> gate[kPairs];
+    TwoChannels<T> gate[kPairs];
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) pairs_kernel(Ss2dNormalizeParam
           const float2 g = gate[i].floats();
           result.x *= silu(g.x), result.y *= silu(g.y);
         }
-        out[channel(i) / 2] = pair_of<T>(result);
+        out[channel(i) / 2] = TwoChannels<T>::of(result);
       }
   }
 }
@@ -132,7 +131,7 @@ bool by_pairs(const Ss2dNormalizeParams& p) {
 template <class T>
 cudaError_t launch_pairs(const Ss2dNormalizeParams& p, cudaStream_t stream) {
   const auto go = [&](auto kernel) {
-    constexpr int64_t kBlocks = 1024;  // a few waves; each warp then has several positions for its weights
+    constexpr int64_t kBlocks = 512;  // about a wave; each warp then has several positions for its weights
     const int64_t items = ceil_div(p.batch * p.length, kWarps);
     return launch(kernel, p, items < kBlocks ? items : kBlocks, dim3(kWarp, kWarps), 0, stream);
   };

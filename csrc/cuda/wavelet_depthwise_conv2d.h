@@ -225,6 +225,10 @@ __device__ __forceinline__ float read_scale(const WaveletParams& p, int64_t chan
   return p.scale ? load(p.scale + (4 * channel + band) * p.scale_stride) : 1.0f;
 }
 
+// The forward of channels-last maps that are whole in shared memory.
+bool wavelet_takes_pairs(const WaveletDepthwiseConv2dCudaParams& p);
+cudaError_t wavelet_depthwise_conv2d_pairs(const WaveletDepthwiseConv2dCudaParams& params, cudaStream_t stream);
+
 // Calls f with the kernel's constants: taps, columns computed together, whether a unit is an image.
 template <class F>
 auto with_taps(const WaveletParams& p, F f) {

@@ -1,4 +1,5 @@
-// wavelet_depthwise_conv2d forward, and the gradient of x, which is the same with the taps reversed.
+// wavelet_depthwise_conv2d forward, and the gradient of x, which is the same with the taps reversed. Whole
+// channels-last maps are mostly taken by wavelet_depthwise_conv2d_pairs.
 //
 // A block goes through the units of a group: it reads pixels and transforms them into shared memory, filters every
 // band, and writes what the inverse makes of them. At 14×14 or 7×7 pixels a unit is an image and all is done at once; a
@@ -245,6 +246,7 @@ void plan_wavelet_depthwise_conv2d(WaveletDepthwiseConv2dCudaParams& p) {
 }
 
 cudaError_t wavelet_depthwise_conv2d_fwd(const WaveletDepthwiseConv2dCudaParams& p, cudaStream_t stream) {
+  if (wavelet_takes_pairs(p)) return wavelet_depthwise_conv2d_pairs(p, stream);
   const int64_t items = p.blocks * p.groups;
   const dim3 block(kWarp, kBands);
   if (p.taps == 0) {

@@ -227,15 +227,6 @@ def _coefficients(
 
 
 @triton.jit
-def _states(states, c, c_exists, n, N):
-    """[C, 1] of state n, or None."""
-    if states is None:
-        return None
-    else:
-        return load(states + c * N + n, c_exists)
-
-
-@triton.jit
 def _over_positions(x):
     """[C, 1]"""
     return tl.sum(tl.sum(x, 0), 1, keep_dims=True)
@@ -252,7 +243,8 @@ def _direction(
         a = _rates(A, c, c_exists, n, N, A_IS_LOG)
         decay = tl.where(l_exists, tl.exp(dt * a), 1.0)
         drive = dt * x * _coefficients(B, c, c_exists, start, length, n, N, B_n, B_l, B_FIXED, RUN, INDEX)
-        h = _scan(decay, drive, _states(entering, c, c_exists, n, N), REVERSE) + drive
+        before = None if entering is None else load(entering + c * N + n, c_exists)
+        h = _scan(decay, drive, before, REVERSE) + drive
         y += h * _coefficients(C, c, c_exists, start, length, n, N, C_n, C_l, C_FIXED, RUN, INDEX)
         if last is not None:  # noqa: SIM102 (the compiler knows the one, and not the other)
             if last_chunk:
@@ -375,9 +367,9 @@ def backward_kernel(
             )
             decay = tl.where(l_exists, tl.exp(dt * a), 1.0)
             drive = dt * x * b
-            before = _states(None if entering is None else entering + state, c, c_exists, n, N)
+            before = None if entering is None else load(entering + state + c * N + n, c_exists)
             carried = _scan(decay, drive, before, k == 1)
-            after = _states(None if adjoint is None else adjoint + state, c, c_exists, n, N)
+            after = None if adjoint is None else load(adjoint + state + c * N + n, c_exists)
             g = _scan_adjoint(decay, w * dy, after, k == 0)
             product = g * carried
             dx += g * b * dt

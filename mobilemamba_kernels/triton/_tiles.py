@@ -1,4 +1,8 @@
-"""Tiles of positions × channels, the one shape in which every kernel without products works."""
+"""Tiles of positions × channels, the one shape in which every kernel without products works; and tuples of them.
+
+Triton 3.6, the one of PyTorch 2.11, takes two calls for the same function where their arguments flatten to the same, as
+(a, b, c), d and (), (a, b, c, d) do: what is put into tuples in one kernel is all tensors, or all tuples.
+"""
 
 from __future__ import annotations
 

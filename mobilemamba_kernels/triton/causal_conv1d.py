@@ -98,15 +98,12 @@ def _load_known(
 
 @triton.jit
 def _load_numbers(seq_idx, t, stride, length, exists, COUNT: tl.constexpr):
-    """The numbers of the sequences of COUNT positions, -1 where there are none; None for one sequence."""
-    if seq_idx is None:
-        return None
-    else:
-        numbers = ()
-        for i in tl.static_range(COUNT):
-            inside = exists & (t + i >= 0) & (t + i < length)
-            numbers = append(numbers, tl.load(seq_idx + (t + i) * stride, inside, -1))
-        return numbers
+    """The numbers of the sequences of COUNT positions, -1 where there are none."""
+    numbers = ()
+    for i in tl.static_range(COUNT):
+        inside = exists & (t + i >= 0) & (t + i < length)
+        numbers = append(numbers, tl.load(seq_idx + (t + i) * stride, inside, -1))
+    return numbers
 
 
 @triton.jit
@@ -160,7 +157,9 @@ def _forward_kernel(
         initial_states += batch * i_batch + c * i_channel
     taps, shift = _load_filter(weight, bias, c, channels, w_channel, w_tap, bias_channel, WIDTH)
     known = _load_known(x, initial_states, t, x_position, i_position, length, exists, INSIDE, RUN, WIDTH)
-    numbers = _load_numbers(seq_idx, t - (WIDTH - 1), s_position, length, runs_exist, RUN + WIDTH - 1)
+    numbers = None
+    if seq_idx is not None:
+        numbers = _load_numbers(seq_idx, t - (WIDTH - 1), s_position, length, runs_exist, RUN + WIDTH - 1)
     results = ()
     for i in tl.static_range(RUN):
         result = activate(_convolve(known, numbers, taps, shift, i, WIDTH), "silu" if SILU else "none")
@@ -207,12 +206,14 @@ def _backward_kernel(
         at_x = x + batch * multiple(x_batch, ALIGN) + c * multiple(x_channel, ALIGN)
         at_grad = grad + batch * multiple(grad_batch, ALIGN) + c * multiple(grad_channel, ALIGN)
         at_grad_x = grad_x + batch * multiple(grad_x_batch, ALIGN) + c * multiple(grad_x_channel, ALIGN)
-        at_numbers = None if seq_idx is None else seq_idx + batch * s_batch
         at_initial = None if initial_states is None else initial_states + batch * i_batch + c * i_channel
         known = _load_known(at_x, at_initial, t, x_position, i_position, length, exists, INSIDE, RUN, WIDTH)
         known = known + _load_run(at_x, t + RUN, x_position, length, exists, INSIDE, RUN)
-        numbers = _load_numbers(at_numbers, t - (WIDTH - 1), s_position, length, runs_exist, RUN + 2 * (WIDTH - 1))
-        if numbers is not None:  # a NaN of the padding times its gradient, which is 0, is no part of the sums
+        numbers = None
+        if seq_idx is not None:
+            at_numbers = seq_idx + batch * s_batch
+            numbers = _load_numbers(at_numbers, t - (WIDTH - 1), s_position, length, runs_exist, RUN + 2 * (WIDTH - 1))
+            # A NaN of the padding times its gradient, which is 0, is no part of the sums.
             for i in tl.static_range(RUN + WIDTH - 1):
                 known = replace(known, i, tl.where(numbers[i] < 0, 0.0, known[i]))
         grads = _load_run(at_grad, t, grad_position, length, exists, INSIDE, RUN)

@@ -27,7 +27,7 @@ from mobilemamba_kernels.triton._products import (
     product_tile,
     vector_of,
 )
-from mobilemamba_kernels.triton._tiles import tile
+from mobilemamba_kernels.triton._tiles import BUSY, tile
 
 _FEW_CHANNELS = 15  # of which a tap alone is no depth for tensor cores
 
@@ -90,7 +90,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     multiplied = multiplied_as(x.dtype, weight)
     vector = 1 if taps_in_depth else vector_of((x, y), matrix, channels, outputs)
     depth = k * k * channels if taps_in_depth else channels
-    positions, across, depth, options = product_tile(count, outputs, depth, multiplied, vector)
+    positions, across, depth, options = product_tile(
+        count, outputs, depth, multiplied, vector, 256 if depth <= 32 else 128
+    )
+    if taps_in_depth and multiplied != torch.float32 and blocks(count, 128) >= BUSY:
+        positions, options = 128, {"num_warps": 4}
     multiply_type, precision = multiplication(multiplied)
     launch(
         _kernel, blocks(count, positions) * blocks(outputs, across),

@@ -41,7 +41,6 @@ from mobilemamba_kernels.triton._tiles import append, repeat, replace
 
 _CHUNK = 64  # channels
 _MOST_CHUNKS = 7
-_HIDDEN = 32  # channels of a step
 _FEWEST_PROGRAMS = 64
 
 
@@ -110,11 +109,14 @@ def _kernel(
         tl.store(y + c * y_channel, total.to(y.dtype.element_ty), mask)
 
 
-def _positions(chunks: int, device: torch.device) -> int:
-    """Of a program whose sums fill less than half of its threads' registers, or a quarter where x lies there too:
-    Hopper and Blackwell (9.0, 10.x) multiply out of shared memory."""
-    most = 128 if chunks <= 4 else 64 if chunks <= 6 else 32
-    return most if 90 <= architecture(device) < 120 else max(most // 2, 16)
+def _tile(chunks: int, device: torch.device) -> tuple[int, int]:
+    """Positions of a program and hidden channels of a step.
+
+    Hopper and Blackwell (9.0, 10.x) multiply out of shared memory; elsewhere x lies in registers too, beside the sums.
+    """
+    if 90 <= architecture(device) < 120:
+        return (128, 64) if chunks <= 3 else (64, 32) if chunks <= 6 else (32, 32)
+    return (64 if chunks <= 4 else 32 if chunks <= 6 else 16), 32
 
 
 def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
@@ -125,8 +127,8 @@ def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
     chunks = blocks(x.shape[1], _CHUNK)
     if multiplied == torch.float32 or vector < 8 or not 0 < chunks <= _MOST_CHUNKS:
         return False
-    positions = _positions(chunks, x.device)
-    needed = (positions + 4 * _HIDDEN) * chunks * _CHUNK * multiplied.itemsize + 1024
+    positions, step = _tile(chunks, x.device)
+    needed = (positions + 4 * step) * chunks * _CHUNK * multiplied.itemsize + 1024
     return blocks(count, positions) >= _FEWEST_PROGRAMS and needed <= shared_memory(x.device)
 
 
@@ -153,14 +155,14 @@ def forward(
         multiply([x], w1, b1, activation, [], "none", between)
         return multiply([between], w2, b2, "none", [x] if residual is None else [x, residual], "none", y)
     chunks = blocks(channels, _CHUNK)
-    positions = _positions(chunks, x.device)
+    positions, step = _tile(chunks, x.device)
     launch(
         _kernel, blocks(count, positions),
         x, w1, b1, w2, b2, residual, y, channels, hidden, height, width, count,
         *x.stride(), *w1.stride(), *strides_of(b1, 1), *w2.stride(), *strides_of(b2, 1),
         *strides_of(residual), *y.stride(),
         ACTIVATION=activation, MULTIPLY=multiplication(multiplied)[0],
-        VECTOR=vector, POSITIONS=positions, CHUNKS=chunks, CHUNK=_CHUNK, HIDDEN=_HIDDEN,
+        VECTOR=vector, POSITIONS=positions, CHUNKS=chunks, CHUNK=_CHUNK, HIDDEN=step,
         INDEX=index_type(*maps), num_warps=8, maxnreg=ALL_REGISTERS,
     )  # fmt: skip
     return y

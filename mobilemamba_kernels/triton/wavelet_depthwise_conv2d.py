@@ -79,7 +79,8 @@ def _convolution_kernel(
     x += batch * x_batch + c * x_channel
     weight += w_first + c * w_channel
 
-    sums = repeat(repeat(tl.zeros([POSITIONS, CHANNELS], tl.float32), 4), ROWS)
+    zero = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+    sums = repeat((zero, zero, zero, zero), ROWS)
     for j in range(TAP_COLUMNS):
         met = column + j - TAP_COLUMNS // 2
         meets = mask & (met >= 0) & (met < w)
@@ -132,7 +133,8 @@ def _correlation_kernel(
     exists = (j < TAP_COLUMNS) & (c < channels)
     height_parts = tl.cdiv(h, ROWS)
 
-    sums = repeat(repeat(tl.zeros([COLUMNS, POSITIONS, CHANNELS], tl.float32), 4), TAP_ROWS)
+    zero = tl.zeros([COLUMNS, POSITIONS, CHANNELS], tl.float32)
+    sums = repeat((zero, zero, zero, zero), TAP_ROWS)
     for step in range(steps):
         m = (group * steps + step).to(INDEX) * POSITIONS + lane
         column, first_row, batch = m % w, m // w % height_parts * ROWS, m // w // height_parts

@@ -168,7 +168,8 @@ def wavelet_with_convolutions(
 def causal_with_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """``causal_conv1d_fn`` without states and sequence numbers, as models write it without a kernel."""
     width, length = weight.shape[1], x.shape[-1]
-    y = F.conv1d(x, weight.unsqueeze(1).to(x.dtype), bias, padding=width - 1, groups=x.shape[1])[..., :length]
+    weight, bias = weight.unsqueeze(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
+    y = F.conv1d(x, weight, bias, padding=width - 1, groups=x.shape[1])[..., :length]
     return y if options["activation"] is None else F.silu(y)
 
 
@@ -514,7 +515,7 @@ CASES: tuple[Case, ...] = (
     _bidirectional(2, 6, 7, 3, two_inputs=True, has="Db"),
     _bidirectional(1, 3, 7, 256, has="Dzbs"),
     _bidirectional(2, 70, 18, 1, has="Dzbs"),
-    _bidirectional(1, 4, 1, 1, two_inputs=True, has="Dz"),
+    _bidirectional(2, 4, 1, 1, two_inputs=True, has="Dz"),
     _bidirectional(0, 5, 7, 1, has="Dzbs"),
     _bidirectional(2, 5, 0, 3, two_inputs=True, has="Dzbs"),
     _bidirectional(2, 0, 7, 1, has="Dzbs"),

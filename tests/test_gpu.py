@@ -157,7 +157,7 @@ def test_non_finite_values_propagate(backend, case, layout):
 @needs_gpu
 def test_derivatives_of_the_reference(case):
     """By gradcheck, in float64. The kernels have no float64; their gradients are compared with these."""
-    with use_backend("reference"):
+    with use_backend("reference"), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         test_ops.check_derivatives_of_reference(case, DEVICE)
 
 

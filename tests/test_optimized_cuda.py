@@ -312,7 +312,8 @@ def test_on_a_gpu(dtype, cuda_graph):
     model = filled(create_small()).cuda()
     found = mobilemamba.optimize_for_inference(model, dtype, cuda_graph=cuda_graph)
     for shape in ((2, 3, 70, 45), (0, 3, 64, 64), (5, 3, 64, 64), (2, 3, 70, 45), (1, 3, 1, 1)):
-        compare(model, found, torch.randn(shape, device="cuda"), TOLERANCE[dtype])
+        with torch.backends.cudnn.flags(allow_tf32=False):  # which PyTorch has for float32 unless told
+            compare(model, found, torch.randn(shape, device="cuda"), TOLERANCE[dtype])
     with pytest.raises(ValueError, match="images must be on cuda:0"):
         found(torch.randn(2, 3, 70, 45))
     copied = copy.deepcopy(found)

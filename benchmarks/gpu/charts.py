@@ -60,6 +60,7 @@ def _draw_operators(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         for row in (r for r in rows if r["direction"] == direction):
             groups.setdefault(f"{row['op']}\n{row['case']}", {})[row["engine"]] = 100 * row["share_of_floor"]
         _bars(axis, groups, series)
+        axis.set_ylim(most, -0.5)  # bars of one height in both panels
         axis.set_title(direction, fontsize=10)
         axis.set_xlabel("% of the lower of copy bandwidth and arithmetic ceiling")
     figure.suptitle(title)

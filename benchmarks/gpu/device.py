@@ -155,7 +155,7 @@ def warm_up(run: Run) -> Any:
 
 
 def capture(run: Run) -> tuple[Run, Any] | None:
-    """The replay of a graph of ``run``, and the results it writes; None where it cannot be captured."""
+    """The replay of a graph of ``run``, which it keeps, and the results it writes; None where it cannot be captured."""
     if DRY_RUN:
         return None
     graph = torch.cuda.CUDAGraph()
@@ -165,9 +165,13 @@ def capture(run: Run) -> tuple[Run, Any] | None:
     except RuntimeError:
         synchronize()
         return None
-    graph.replay()
+
+    def replay(keep: Run = run) -> None:  # what it reads must not be freed: the next capture empties PyTorch's cache
+        graph.replay()
+
+    replay()
     synchronize()
-    return graph.replay, results
+    return replay, results
 
 
 def count_launches(run: Run) -> int | None:

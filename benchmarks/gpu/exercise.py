@@ -31,9 +31,9 @@ def exercise(backend: str, seconds: float) -> str:
         inputs = list(tensors(arguments).values())
         backward = has_kernel(backend, case, backward=True)
         with use_backend(BACKENDS[backend]):
-            results = case.run(
-                {k: v.requires_grad_(backward) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-            )
+            for tensor in inputs:
+                tensor.requires_grad_(backward)
+            results = case.run(arguments)
             used = [r for r in results if r.requires_grad]
             if used:
                 torch.autograd.grad(used, inputs, [torch.ones_like(r) for r in used], allow_unused=True)

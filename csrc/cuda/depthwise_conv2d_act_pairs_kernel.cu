@@ -1,4 +1,4 @@
-// depthwise_conv2d_act of channels-last maps, 3×3, 5×5 and 7×7 at stride 1 and 2: a lane has two channels.
+// depthwise_conv2d_act of channels-last maps, 1×1 to 7×7 at stride 1 and 2: a lane has two channels.
 //
 // A block has 64 channels (or as many images of fewer as fill 32 lanes) of a tile of outputs, up to 16×16. It copies
 // what lies under the filter, with zeros beside the map, and the residual into shared memory, 16 bytes a load and

@@ -59,7 +59,7 @@ cd "$root"
 if [[ $dry_run ]]; then
   export MOBILEMAMBA_GPU_DRY_RUN=1 TRITON_INTERPRET=1 PYTHONPATH=$root:$root/tests:$root/benchmarks
 else
-  export PYTHONPATH=$state/site:$root/benchmarks:$state/mamba-ssm
+  export PYTHONPATH=$state/site:$root/benchmarks:$state/mamba-ssm${PYTHONPATH:+:$PYTHONPATH} # other projects' kernels
   "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
     fail "PyTorch sees no GPU here: run it on a machine with one, or with --dry-run to try the parts on the CPU" 2
 fi

@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kDirections* kWarp)
   };
   const Walk<T> u = walk(p.u, k), delta = walk(p.delta, k), dy = walk(p.grad_out, 0);
   const Walk<T> du = walk(p.grad_u, k), ddelta = walk(p.grad_delta, k);
+  constexpr bool kReadsAhead = sizeof(T) == 2;  // on the way back, where float32 has no registers left for it
   TwoChannels<T> next_u[kAhead], next_delta[kAhead], next_dy[kAhead];
   const auto read_ahead = [&](int q, bool backward) {
     const int begin = begin_of(q), count = count_of(q);
@@ -139,12 +140,13 @@ __global__ void __launch_bounds__(kDirections* kWarp)
     float2 x[kAhead], dt[kAhead], decay[kAhead], slope[kAhead], grad[kAhead], before[kAhead];
     const int begin = begin_of(q);
     float2 state = states[q * kWarp];
+    if (!kReadsAhead) read_ahead(q, true);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       x[j] = next_u[j].floats(), dt[j] = next_delta[j].floats(), grad[j] = next_dy[j].floats();
       if (!inside || (!kWhole && j >= count)) grad[j] = {0.0f, 0.0f};
     }
-    if (q > 0) read_ahead(q - 1, true);
+    if (kReadsAhead && q > 0) read_ahead(q - 1, true);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
       if (kWhole || j < count) {
@@ -244,10 +246,7 @@ bool fits_selective_scan_channels_bwd(const SelectiveScanCudaParams& p) {
 }
 
 cudaError_t selective_scan_channels_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream) {
-  const DType dtype = p.u.elements.dtype;
-  return dtype == DType::kFloat32    ? launch_type<float>(p, stream)
-         : dtype == DType::kBFloat16 ? launch_type<__nv_bfloat16>(p, stream)
-                                     : launch_type<__half>(p, stream);
+  return with_element(p.u.elements.dtype, [&](auto element) { return launch_type<decltype(element)>(p, stream); });
 }
 
 }  // namespace mobilemamba

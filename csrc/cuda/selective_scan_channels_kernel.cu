@@ -14,7 +14,8 @@ namespace {
 
 // T: of u, delta and z. kRank: 0, or what Δ's rank is filled up to with zeros.
 template <class T, class TOut, int kRank, int kDirections, bool kSoftplus>
-__global__ void __launch_bounds__(kDirections* kWarp) channels_kernel(SelectiveScanCudaParams p, int64_t first_item) {
+__global__ void __launch_bounds__(kDirections* kWarp, 1)
+    channels_kernel(SelectiveScanCudaParams p, int64_t first_item) {
   constexpr int kThreads = kDirections * kWarp;
   const int64_t item = first_item + blockIdx.x, per_group = p.dim / p.groups;
   const int64_t slice = item % p.slices, group = item / p.slices % p.groups, batch = item / p.slices / p.groups;
@@ -203,10 +204,7 @@ bool plan_selective_scan_channels(SelectiveScanCudaParams& p, int64_t multiproce
 }
 
 cudaError_t selective_scan_channels(const SelectiveScanCudaParams& p, cudaStream_t stream) {
-  const DType dtype = p.u.elements.dtype;
-  return dtype == DType::kFloat32    ? launch_type<float>(p, stream)
-         : dtype == DType::kBFloat16 ? launch_type<__nv_bfloat16>(p, stream)
-                                     : launch_type<__half>(p, stream);
+  return with_element(p.u.elements.dtype, [&](auto element) { return launch_type<decltype(element)>(p, stream); });
 }
 
 }  // namespace mobilemamba

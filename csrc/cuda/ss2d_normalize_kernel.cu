@@ -146,10 +146,7 @@ cudaError_t launch_pairs(const Ss2dNormalizeParams& p, cudaStream_t stream) {
 
 cudaError_t ss2d_normalize(const Ss2dNormalizeParams& p, cudaStream_t stream) {
   if (by_pairs(p)) {
-    const DType dtype = p.out.elements.dtype;
-    return dtype == DType::kFloat32    ? launch_pairs<float>(p, stream)
-           : dtype == DType::kBFloat16 ? launch_pairs<__nv_bfloat16>(p, stream)
-                                       : launch_pairs<__half>(p, stream);
+    return with_element(p.out.elements.dtype, [&](auto element) { return launch_pairs<decltype(element)>(p, stream); });
   }
   const dim3 block(kWarp, kWarps);
   if (by_channels(p)) return launch(normalize_kernel<true>, p, p.batch * ceil_div(p.length, kWarps), block, 0, stream);

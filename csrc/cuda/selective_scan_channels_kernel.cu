@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
 }
 
 // What rank is filled up to, 0 where it is too large.
-int rank_of(const SelectiveScanCudaParams& p) { return p.rank <= 12 ? 12 : p.rank <= 20 ? 20 : p.rank <= 32 ? 32 : 0; }
+int rank_of(const SelectiveScanCudaParams& p) { return p.rank <= 12 ? 12 : p.rank <= 20 ? 20 : 0; }
 
 int64_t floats_of(const SelectiveScanCudaParams& p) {
   const int64_t low = p.projected ? rank_of(p) : 0, waiting = p.directions == 2 ? kChannels : 0;
@@ -181,10 +181,8 @@ cudaError_t launch_type(const SelectiveScanCudaParams& p, cudaStream_t stream) {
     const dim3 block(kWarp, static_cast<unsigned>(p.directions));
     return launch(kernel, p, p.batch * p.groups * p.slices, block, floats_of(p), stream);
   };
-  if (p.projected) {
-    if (rank_of(p) == 12) return go(channels_kernel<T, float, 12, 2, true>);
-    return rank_of(p) == 20 ? go(channels_kernel<T, float, 20, 2, true>) : go(channels_kernel<T, float, 32, 2, true>);
-  }
+  if (p.projected)
+    return rank_of(p) == 12 ? go(channels_kernel<T, float, 12, 2, true>) : go(channels_kernel<T, float, 20, 2, true>);
   if (p.directions == 2)
     return p.softplus ? go(channels_kernel<T, T, 0, 2, true>) : go(channels_kernel<T, T, 0, 2, false>);
   return p.softplus ? go(channels_kernel<T, T, 0, 1, true>) : go(channels_kernel<T, T, 0, 1, false>);

@@ -67,7 +67,8 @@ MOBILEMAMBA_COMMIT=${MOBILEMAMBA_COMMIT:-$(git describe --always --dirty --abbre
 export MOBILEMAMBA_COMMIT
 mkdir -p "$output"
 
-# within SECONDS COMMAND…: interrupted when the time is up, so that it says what it did; not in a dry run, which may have the emulation to compile
+# within SECONDS COMMAND…: interrupted when the time is up, so that it says what it did; not in a dry run, which may
+# have the emulation to compile
 within() { if [[ $dry_run ]]; then "${@:2}"; else timeout --signal=INT --kill-after=10 "$@"; fi; }
 
 installed() {

@@ -29,6 +29,16 @@ class Call(NamedTuple):
     named: Callable[[Any], Named]
 
 
+def why_missing(module: str) -> str:
+    """Why another project's module cannot be imported here, or an empty string."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # extensions that compile themselves raise what they like
+        lines = str(error).strip().splitlines() or [""]
+        return f"{module} is not importable: {type(error).__name__}: {lines[0]}"
+    return ""
+
+
 @dataclass(frozen=True)
 class Engine:
     """``prepare(case, arguments, grads)`` is the forward, or with ``grads`` the backward; None where it has none."""
@@ -42,13 +52,7 @@ class Engine:
     @property
     def missing(self) -> str:
         """Why it cannot run here, or an empty string."""
-        if self.module:
-            try:
-                importlib.import_module(self.module)
-            except Exception as error:  # extensions that compile themselves raise what they like
-                lines = str(error).strip().splitlines() or [""]
-                return f"{self.module} is not importable: {type(error).__name__}: {lines[0]}"
-        return ""
+        return why_missing(self.module) if self.module else ""
 
 
 def _named_results(results: Any) -> Named:

@@ -33,6 +33,7 @@ from gpu.device import (
     time_in_turn,
     warm_up,
 )
+from gpu.engines import why_missing
 from mobilemamba_kernels import use_backend
 from mobilemamba_kernels.testing import assert_close, mamba_ssm_tolerance
 
@@ -109,16 +110,13 @@ _ENGINES = {
 
 def _available(results: Results) -> dict[str, _Engine]:
     """The engines that can run here; why others cannot is noted."""
-    found = dict(_ENGINES)
+    found = {}
     for name, engine in _ENGINES.items():
-        for module in engine.modules:
-            try:
-                importlib.import_module(module)
-            except Exception as error:  # another project's code raises what it likes
-                lines = str(error).strip().splitlines() or [""]
-                results.leave_out(name, f"{module} is not importable: {type(error).__name__}: {lines[0]}")
-                del found[name]
-                break
+        reason = next(filter(None, map(why_missing, engine.modules)), "")
+        if reason:
+            results.leave_out(name, reason)
+        else:
+            found[name] = engine
     return found
 
 

@@ -89,19 +89,27 @@ class Conv(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """``depthwise_conv2d_act`` with its parameters, weight (C, 1, k, k) and bias (C); adds x if ``residual``."""
+    """``depthwise_conv2d_act`` with its parameters, weight (C, 1, k, k) and vectors (C); adds x if ``residual``."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, stride: int = 1, activation: str = "none", residual: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        stride: int = 1,
+        activation: str = "none",
+        residual: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.scale, self.shift = (None if vector is None else nn.Parameter(vector) for vector in (scale, shift))
         self.stride, self.activation, self.residual = stride, activation, residual
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.residual else None
         return depthwise_conv2d_act(
-            x, self.weight, self.bias, stride=self.stride, activation=self.activation, residual=residual
+            x, self.weight, self.bias, self.stride, None, self.activation, residual, self.scale, self.shift
         )
 
 
@@ -268,8 +276,9 @@ def _(layer: Any) -> nn.Module:
 
 @_fused.register(LocalOp)
 def _(layer: Any) -> nn.Module:
-    first = Depthwise(*_folded(layer.dwconv3x3, layer.bn1), activation="relu")
-    return nn.Sequential(first, Depthwise(*_folded(layer.dwconv1x1, layer.bn2)))
+    scale, shift = _folded(layer.dwconv1x1, layer.bn2)
+    weight, bias = _folded(layer.dwconv3x3, layer.bn1)
+    return Depthwise(weight, bias, activation="relu", scale=scale.flatten(), shift=shift)
 
 
 @_fused.register(GlobalOp)

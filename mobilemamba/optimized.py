@@ -225,12 +225,15 @@ class DirectDepthwise(Direct):
     def __init__(self, layer: Depthwise, target: _Target) -> None:
         weight = target.filters(self.operator, layer.weight)
         super().__init__(target, weight.numel(), {"weight": weight, "bias": layer.bias})
+        self.scale, self.shift = layer.scale, layer.shift
         self.stride, self.padding, self.activation = layer.stride, layer.weight.shape[-1] // 2, layer.activation
         self.residual = layer.residual
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.residual else None
-        return self.run(x, self.weight, self.bias, self.stride, self.padding, self.activation, residual)
+        return self.run(
+            x, self.weight, self.bias, self.stride, self.padding, self.activation, residual, self.scale, self.shift
+        )
 
 
 class DirectScan(Direct):

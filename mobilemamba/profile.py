@@ -64,8 +64,13 @@ def _keep_shape(x: Tensor, z: Tensor) -> Tensor:
 
 
 def _at_each_position(*names: str) -> Callable[[nn.Module, torch.Size], int]:
-    """Every weight of that name multiplies once at each position of the output."""
-    return lambda module, shape: sum(getattr(module, name).numel() for name in names) * shape[2:].numel()
+    """Every weight of that name, where there is one, multiplies once at each position of the output."""
+
+    def count(module: nn.Module, shape: torch.Size) -> int:
+        weights = [getattr(module, name) for name in names]
+        return sum(weight.numel() for weight in weights if weight is not None) * shape[2:].numel()
+
+    return count
 
 
 def _wavelet(weight: Tensor, shape: torch.Size) -> int:
@@ -81,7 +86,7 @@ _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     nn.Conv2d: _at_each_position("weight"),
     nn.Linear: lambda module, shape: module.weight.numel(),
     Conv: _at_each_position("weight"),
-    Depthwise: _at_each_position("weight"),
+    Depthwise: _at_each_position("weight", "scale"),
     Pointwise: _at_each_position("weight"),
     FeedForward: _at_each_position("w1", "w2"),
     FusedSqueezeExcite: lambda module, shape: module.w1.numel() + module.w2.numel(),
@@ -93,7 +98,7 @@ _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     DirectPointwise: _packed,
     DirectFeedForward: _packed,
     DirectSqueezeExcite: lambda module, shape: module.macs,
-    DirectDepthwise: _at_each_position("weight"),
+    DirectDepthwise: _at_each_position("weight", "scale"),
     DirectScan: _packed,
     DirectWavelet: lambda module, shape: _wavelet(module.weight, shape),
 }

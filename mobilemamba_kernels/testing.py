@@ -349,7 +349,7 @@ def _depthwise(
     has: str = "br",
     benchmark: bool = False,
 ) -> Case:
-    """``has``: b(ias), r(esidual)."""
+    """``has``: b(ias), r(esidual), s(cale), t (shift)."""
     pad = k // 2 if padding is None else padding
     out = (batch, channels, *((n + 2 * pad - k) // stride + 1 for n in (height, width)))
     arguments = {
@@ -358,6 +358,8 @@ def _depthwise(
     }
     arguments |= {"bias": Argument((channels,))} if "b" in has else {}
     arguments |= {"residual": Argument(out, positions=2)} if "r" in has else {}
+    arguments |= {"scale": Argument((channels,))} if "s" in has else {}
+    arguments |= {"shift": Argument((channels,))} if "t" in has else {}
     name = f"{batch}x{channels}x{height}x{width}-k{k}-s{stride}-p{pad}-{activation}" + ("-" + has if has else "")
     options = {"stride": stride, "padding": padding, "activation": activation}
     return Case("depthwise_conv2d_act", name, arguments, options, benchmark)
@@ -501,6 +503,7 @@ CASES: tuple[Case, ...] = (
     _selective_scan(2, 6, 7, 3, bc="DN", has="Dzb"),
     _selective_scan(1, 3, 7, 256, has="Dzbsl"),
     _selective_scan(2, 136, 21, 1, bc="2", has="Dzbsl"),
+    _selective_scan(1, 16, 49, 1, has="s"),
     _selective_scan(0, 5, 7, 1, has="Dzbsl"),
     _selective_scan(2, 5, 0, 3, has="Dzbsl"),
     _selective_scan(2, 0, 7, 3, has="Dzbsl"),
@@ -515,6 +518,7 @@ CASES: tuple[Case, ...] = (
     _bidirectional(2, 6, 7, 3, two_inputs=True, has="Db"),
     _bidirectional(1, 3, 7, 256, has="Dzbs"),
     _bidirectional(2, 70, 18, 1, has="Dzbs"),
+    _bidirectional(2, 70, 18, 1, two_inputs=True, has="s"),
     _bidirectional(2, 4, 1, 1, two_inputs=True, has="Dz"),
     _bidirectional(0, 5, 7, 1, has="Dzbs"),
     _bidirectional(2, 5, 0, 3, two_inputs=True, has="Dzbs"),
@@ -608,19 +612,20 @@ CASES: tuple[Case, ...] = (
     _depthwise(1, 1, 1, 1, k=1, has=""),
     _depthwise(2, 5, 7, 4, activation="relu"),
     _depthwise(2, 5, 7, 4, k=2, activation="silu", padding=1, has="r"),
-    _depthwise(1, 37, 14, 13, k=7, activation="silu"),
+    _depthwise(1, 37, 14, 13, k=7, activation="silu", has="brst"),
     _depthwise(2, 16, 9, 8, k=5, stride=2, activation="relu", has="b"),
     _depthwise(2, 5, 7, 6, k=3, stride=2, padding=0),
-    _depthwise(1, 3, 5, 5, k=3, stride=3, padding=3, has=""),
+    _depthwise(1, 3, 5, 5, k=3, stride=3, padding=3, has="t"),
     _depthwise(1, 3, 3, 3, k=7),
     _depthwise(3, 6, 21, 19, k=3, activation="silu"),  # pairs of channels on GPUs, as the next two
     _depthwise(1, 72, 11, 18, k=7, stride=2, has="r"),
-    _depthwise(5, 24, 7, 6, k=5, activation="relu", has="b"),
+    _depthwise(5, 24, 7, 6, k=5, activation="relu", has="brst"),
+    _depthwise(2, 40, 6, 7, k=3, activation="none", has="s"),
     _depthwise(0, 3, 4, 4),
     _depthwise(2, 0, 4, 4),
     _depthwise(16, 192, 14, 14, benchmark=True),
     _depthwise(16, 320, 14, 14, activation="silu", has="b", benchmark=True),
-    _depthwise(16, 32, 14, 14, k=7, activation="relu", has="b", benchmark=True),
+    _depthwise(16, 32, 14, 14, k=7, activation="relu", has="bst", benchmark=True),
     _depthwise(16, 768, 14, 14, stride=2, activation="relu", has="b", benchmark=True),
     _depthwise(16, 384, 7, 7, benchmark=True),
     _depthwise(16, 448, 4, 4, benchmark=True),

@@ -185,7 +185,7 @@ def test_padding_and_stride_beyond_memory(dtype):
 @pytest.mark.parametrize(("stride", "padding"), [(2**62, 2**62 - 1), (1, 2**63 - 1), (2**31, 0)])
 def test_stride_and_padding_below_the_public_function(op, stride, padding):
     forward = getattr(torch.ops.mobilemamba, f"{op}_fwd")
-    rest = () if op == "conv2d_act" else (None,)
+    rest = () if op == "conv2d_act" else (None, None, None)
     with pytest.raises(RuntimeError, match="does not fit into the padded image"):
         forward(torch.ones(1, 1, 10, 10), torch.ones(1, 1, 1, 1), None, stride, padding, "none", *rest)
 

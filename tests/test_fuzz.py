@@ -41,7 +41,7 @@ def convolution(draw: st.DrawFn, op: str) -> Case:
     height, width = draw(st.integers(least, 14)), draw(st.integers(least, 14))
     common = {"stride": draw(st.integers(1, 3)), "padding": padding, "activation": draw(activation)}
     if op == "depthwise_conv2d_act":
-        return BUILDERS[op](draw(batch), draw(channels), height, width, k, has=draw(flags("br")), **common)
+        return BUILDERS[op](draw(batch), draw(channels), height, width, k, has=draw(flags("brst")), **common)
     form = draw(packed)
     bias = form is not None or draw(st.booleans())
     return BUILDERS[op](draw(batch), draw(channels), draw(channels), height, width, k, bias=bias, packed=form, **common)

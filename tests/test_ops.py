@@ -85,9 +85,13 @@ def reference(case: Case, arguments: dict, exact: bool = False) -> tuple[Tensor,
 
 @functools.lru_cache(maxsize=64)
 def truth(case: Case, dtype: torch.dtype, instruction_set: str, device: str = "cpu"):
-    """Results and gradients of the reference: in float64, and in ``dtype``; weights packed for an instruction set."""
-    arguments = case.make(dtype, device=device)
-    smooth = off_the_kink(case, arguments)
+    """Those of a case's arguments, with weights packed for an instruction set."""
+    return truth_of(case, case.make(dtype, device=device))
+
+
+def truth_of(case: Case, arguments: dict, factor: Tensor | float = 1):
+    """Results and gradients of the reference, in float64 and in the arguments' dtype, and ``smooth`` of them."""
+    smooth = off_the_kink(case, arguments) * factor
     with use_backend("reference"), one_thread():
         plain = differentiate(case, map_tensors(Tensor.clone, arguments), smooth)
         exact = differentiate(case, map_tensors(Tensor.double, arguments), smooth)
@@ -98,15 +102,19 @@ def off_the_kink(case: Case, arguments: dict) -> Tensor | float:
     """False where the sum under a last ReLU is within float32's roundings of 0: its gradient there may be either."""
     if case.options.get("activation") != "relu" or case.op == "feed_forward":
         return 1
-    without = {"activation": "none"} | ({"residual": None} if "residual" in arguments else {})
+    without = {"activation": "none"} | dict.fromkeys({"residual", "scale", "shift"} & arguments.keys())
     (sums,) = reference(case, arguments | without, exact=True)
     return sums.abs() > 1e-5 * sums.abs().amax() if sums.numel() else 1
 
 
 def check_against_truth(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
     instruction_set = "none" if _library.COMPILED_ERROR else _library.cpu_capability()
-    (exact, exact_grads), (plain, plain_grads), smooth = truth(case, dtype, instruction_set, device)
-    results, grads = differentiate(case, case.make(dtype, layout, device), smooth)
+    compare_with_truth(case, case.make(dtype, layout, device), truth(case, dtype, instruction_set, device))
+
+
+def compare_with_truth(case: Case, arguments: dict, found: tuple) -> None:
+    (exact, exact_grads), (plain, plain_grads), smooth = found
+    results, grads = differentiate(case, arguments, smooth)
     for i, result in enumerate(results):
         assert_close(result, exact[i], plain[i], f"result {i}")
     for name, grad in grads.items():
@@ -118,6 +126,20 @@ def check_against_truth(case: Case, dtype: torch.dtype, layout: str, device: str
 @all_layouts
 def test_forward_and_gradients(case, dtype, layout, instruction_set):
     check_against_truth(case, dtype, layout)
+
+
+# Images that are one in memory, or what both directions of a scan read.
+@pytest.mark.parametrize(
+    ("case", "dimension"),
+    [*((c, 0) for c in TYPICAL), *((c, 1) for c in cases("bidirectional_selective_scan") if "-two" in c.name)],
+    ids=str,
+)
+def test_expanded(case, dimension, instruction_set):
+    arguments = case.make()
+    for name, argument in case.arguments.items():
+        if isinstance(argument, Argument) and argument.positions and 0 not in argument.shape:
+            arguments[name] = arguments[name].narrow(dimension, 0, 1).expand(argument.shape)
+    compare_with_truth(case, arguments, truth_of(case, arguments))
 
 
 @pytest.mark.parametrize("case", cases(benchmark=True), ids=str)
@@ -291,6 +313,29 @@ def check_non_finite_values(case: Case, layout: str, device: str = "cpu") -> Non
             plain, exact = reference(case, arguments), reference(case, arguments, exact=True)
             for i, result in enumerate(case.run(arguments)):
                 assert_close(result, exact[i], plain[i], f"result {i} with {value} in {name}")
+
+
+# Of many states infinities meet in sums whose order is the implementation's choice.
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in SMALL
+        if "selective_scan" in c.op and c.arguments["A"].shape[-1] == 1 and not c.options.get("return_last_state")
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["u", "the gradient"])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_gradients_of_an_infinite_element(case, where, layout, instruction_set):
+    """Of the last channel: others, and lanes beside it, are as without."""
+    if 0 in case.arguments["u"].shape:
+        return
+    arguments = case.make(layout=layout)
+    factor = torch.ones(arguments["u"].shape[-2:])
+    changed = arguments["u"][0] if where == "u" else factor
+    changed[..., -1, changed.shape[-1] // 2] = math.inf
+    compare_with_truth(case, arguments, truth_of(case, arguments, factor))
 
 
 @pytest.mark.parametrize(

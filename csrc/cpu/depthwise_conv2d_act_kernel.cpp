@@ -144,23 +144,39 @@ static SumRow choose(const DepthwiseConv2dActParams& p) {
   return sum_row<0, 0>;
 }
 
-// y = silu(y) + residual for a row of y, of channels that fill vectors.
-static void silu_row(const DepthwiseConv2dActParams& p, float* y, const float* residual, int64_t channels) {
-  for (int64_t i = 0; i < p.out_width; ++i, y += p.y.column, residual += residual ? p.residual.column : 0)
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const Vec v = silu(load(y + c));
-      store(y + c, residual ? v + load(residual + c) : v);
-    }
+// What follows the activation, [lane] of a group's channels; null where there is none.
+struct Scaling {
+  const float* scale;
+  const float* shift;
+
+  Scaling operator+(int64_t lane) const { return {scale ? scale + lane : nullptr, shift ? shift + lane : nullptr}; }
+  explicit operator bool() const { return scale || shift; }
+  Vec operator()(Vec v) const {
+    if (scale) v *= load(scale);
+    return shift ? v + load(shift) : v;
+  }
+};
+
+// y = activation(y) · scale + shift + residual for a row of y, of channels that fill vectors.
+static void finish_row(const DepthwiseConv2dActParams& p, float* y, const float* residual, const Scaling& scaling,
+                       int64_t channels) {
+  with_activation(p.activation, [&](auto act) {
+    for (int64_t i = 0; i < p.out_width; ++i, y += p.y.column, residual += residual ? p.residual.column : 0)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const Vec v = (scaling + c)(act(load(y + c)));
+        store(y + c, residual ? v + load(residual + c) : v);
+      }
+  });
 }
 
-// y = activation(sums) + residual for `positions` positions from (b, c, row, 0) on, in joined rows.
-static void finish(const DepthwiseConv2dActParams& p, float* sums, float* added, int64_t b, int64_t c, int64_t row,
-                   int64_t channels, int64_t positions) {
+// y = activation(sums) · scale + shift + residual for `positions` positions from (b, c, row, 0) on, in joined rows.
+static void finish(const DepthwiseConv2dActParams& p, const Scaling& scaling, float* sums, float* added, int64_t b,
+                   int64_t c, int64_t row, int64_t channels, int64_t positions) {
   const Elements y = p.y.at(b, c, row, 0);
   const Elements residual = p.residual ? p.residual.at(b, c, row, 0) : Elements{};
-  if (p.activation != Activation::kNone)
+  if (p.activation != Activation::kNone || scaling)
     with_activation(p.activation, [&](auto act) {
-      for (int64_t i = 0; i < positions * kLanes; i += kLanes) store(sums + i, act(load(sums + i)));
+      for (int64_t i = 0; i < positions * kLanes; i += kLanes) store(sums + i, scaling(act(load(sums + i))));
     });
   if (residual && p.residual.channel == 1 && p.y.channel == 1) {
     with_type(residual, [&](const auto* r) {
@@ -187,7 +203,10 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
   const int64_t parts = (p.out_width + kColumns - 1) / kColumns;
   const SumRow sum_row = choose(p);
   float* biases = p.scratch;
-  float* weights = biases + p.group;
+  float* scales = biases + p.group;
+  float* shifts = scales + p.group;
+  float* weights = shifts + p.group;
+  const Scaling scaling{p.scale ? scales : nullptr, p.shift ? shifts : nullptr};
   float* tiles = weights + p.group * taps;
   float* sums = tiles + depthwise_tiles(p, kLanes);
   float* added = sums + depthwise_sums(p) * kLanes;
@@ -210,7 +229,11 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
       for (int64_t c = group; c < group_end; c += kLanes) {
         const int64_t channels = group_end - c < kLanes ? group_end - c : kLanes;
         load_tile(weights + (c - group) * taps, p.weight + c * taps, taps, 1, channels, taps);
-        store(biases + c - group, p.bias ? load_lanes(p.bias + c * p.bias_stride, p.bias_stride, channels) : Vec{});
+        const auto gather = [&](float* to, const Elements& vector, int64_t stride) {
+          store(to + c - group, vector ? load_lanes(vector + c * stride, stride, channels) : Vec{});
+        };
+        gather(biases, p.bias, p.bias_stride);
+        gather(scales, p.scale, p.scale_stride), gather(shifts, p.shift, p.shift_stride);
       }
     weighed = group;
 
@@ -232,10 +255,11 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
         w.row = p.x.row, w.column = p.x.column;
         float* const out = static_cast<float*>(p.y.at(b, c, y, 0).data);
         const float* const residual = p.residual ? static_cast<const float*>(p.residual.at(b, c, y, 0).data) : nullptr;
-        const bool silu = p.activation == Activation::kSilu;  // on the row as a whole, which is still in cache
+        // On the row as a whole, which is still in cache.
+        const bool finishes = p.activation == Activation::kSilu || scaling;
         w.y = out, w.y_column = p.y.column, w.stored = true;
         w.low = p.activation == Activation::kRelu ? 0.0f : -__builtin_inff();
-        w.residual = silu ? nullptr : residual, w.residual_column = p.residual.column;
+        w.residual = finishes ? nullptr : residual, w.residual_column = p.residual.column;
         for (; c + kLanes <= group_end; c += kLanes) {
           if (last < p.height)
             for (int64_t i = 0; i < p.stride; ++i) prefetch(w.x + (w.rows + i) * w.row, w.column, p.width);
@@ -247,7 +271,7 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
           w.x += kLanes, w.y += kLanes, w.weights += taps * kLanes, w.bias += kLanes;
           if (w.residual) w.residual += kLanes;
         }
-        if (silu) silu_row(p, out, residual, c - group);
+        if (finishes) finish_row(p, out, residual, scaling, c - group);
       }
       for (; c < group_end; c += kLanes) {
         const int64_t channels = group_end - c < kLanes ? group_end - c : kLanes;
@@ -269,11 +293,11 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
         w.y = sums + (p.transposes ? y - y0 : 0) * p.out_width * kLanes, w.y_column = kLanes;
         w.stored = false, w.residual = nullptr;
         sum_row(p, w);
-        if (!out_rows_join) finish(p, w.y, added, b, c, y, channels, p.out_width);
+        if (!out_rows_join) finish(p, scaling + (c - group), w.y, added, b, c, y, channels, p.out_width);
       }
       if (loaded < wanted) loaded = wanted;
     }
-    if (out_rows_join) finish(p, sums, added, b, group, y0, group_end - group, (y1 - y0) * p.out_width);
+    if (out_rows_join) finish(p, scaling, sums, added, b, group, y0, group_end - group, (y1 - y0) * p.out_width);
   }
 }
 

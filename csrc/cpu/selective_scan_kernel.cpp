@@ -250,7 +250,7 @@ static void backward_block(const SelectiveScanParams& p, const Block& x, const B
   constexpr int64_t chunk = kScanBackwardChunk;
   const int64_t chunks = (p.length + chunk - 1) / chunk;
   const TensorSource source{p, x};
-  const bool shared_u = p.directions == 2 && p.u.direction == 0;
+  const bool shared_u = p.directions == 2 && p.grad_u.direction == 0;
   const ScanScratch scratch(s.sum_y + p.length * kLanes);
   if (p.z) {
     // The gate's gradient needs the sum of both directions: run the forward, ungated, into float32 in scratch.

@@ -262,13 +262,8 @@ const dim3 kBlock(kWarp, kWarps);
 
 void plan_causal_conv1d(CausalConv1dCudaParams& p) {
   constexpr int64_t kBlocksOfProcessor = 8;
-  int device = 0, processors = 1;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    processors = 1;
   p.parts = ceil_div(p.length, chunk_of(p));
-  const int64_t most = items_of(p) / (processors * kBlocksOfProcessor);
-  p.range = most < 1 ? 1 : most < p.parts ? most : p.parts;
+  p.range = between(items_of(p) / (multiprocessors() * kBlocksOfProcessor), 1, p.parts);
   p.parts = ceil_div(p.parts, p.range);
 }
 

@@ -7,7 +7,6 @@
 // complete: a row of the image, read once by a thread, meets the whole filter at once and adds to all of them. At k = 7
 // that is 49 multiply-adds and 7 loads an output, which the columns beside it find in the first cache. Bytes: x (with
 // the few rows that strips share), residual and y once; the filters once for each block and strip.
-#include "cuda/depthwise_conv2d_act_pairs.h"
 #include "cuda/device.h"
 #include "cuda/launchers.h"
 
@@ -56,6 +55,7 @@ struct Outputs {
   Elements residual;
   int64_t row, residual_row;
   Activation activation;
+  float scale = 1.0f, shift = 0.0f;
 
   __device__ Outputs(const Plan& p, const Place& at, int64_t image)
       : y(static_cast<T*>(p.y.at(image, at.channel, at.begin, at.column).data)),
@@ -63,9 +63,11 @@ struct Outputs {
         residual_row(p.residual.row),
         activation(p.activation) {
     if (p.residual) residual = p.residual.at(image, at.channel, at.begin, at.column);
+    if (p.scale) scale = load(p.scale + at.channel * p.scale_stride);
+    if (p.shift) shift = load(p.shift + at.channel * p.shift_stride);
   }
   __device__ __forceinline__ void put(float sum) {
-    sum = activate(sum, activation);
+    sum = activate(sum, activation) * scale + shift;
     if (residual) {
       sum += load(residual);
       residual = residual + residual_row;
@@ -166,20 +168,10 @@ __global__ void __launch_bounds__(kThreads) any_filter_kernel(Plan p) {
   }
 }
 
-int64_t between(int64_t value, int64_t least, int64_t most) {
-  return value < least ? least : value < most ? value : most;
-}
-
-// The largest share of `size` in equal parts of at most `most`.
-int64_t share(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, most)); }
-
-cudaError_t plan(Plan& p) {
+void plan(Plan& p) {
   constexpr int64_t kMostChannels = 64, kThreadsOfProcessor = 2048, kItemsOfProcessor = 16;
   constexpr int64_t kLeastRows = 4, kMostRows = 32, kMostImages = 8;
-  int device, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  const int64_t processors = multiprocessors();
   if (p.x.channel == 1 && p.channels > 1) {
     p.block_channels = p.channels < kWarp ? p.channels : kWarp;
     p.block_columns = share(p.out_width, kThreads / p.block_channels);
@@ -193,7 +185,6 @@ cudaError_t plan(Plan& p) {
   p.rows = ceil_div(p.out_height, strips);
   p.images = 1;
   p.images = between(p.items() / (processors * kItemsOfProcessor), 1, kMostImages);
-  return cudaSuccess;
 }
 
 }  // namespace
@@ -201,8 +192,7 @@ cudaError_t plan(Plan& p) {
 cudaError_t depthwise_conv2d_act(const DepthwiseConv2dActParams& params, cudaStream_t stream) {
   if (depthwise_takes_pairs(params)) return depthwise_conv2d_act_pairs(params, stream);
   Plan p{params};
-  const cudaError_t error = plan(p);
-  if (error != cudaSuccess) return error;
+  plan(p);
   const int64_t threads = p.block_channels * p.block_columns, floats = p.block_channels * p.k * p.k;
   const auto start = [&](void (*kernel)(Plan), int64_t shared) {
     return launch(kernel, p, p.items(), static_cast<unsigned>(threads), shared, stream);

@@ -9,8 +9,8 @@
 //
 // Instructions of an output (sm_90, 16 bits, 14×14): about 23 at k = 3 and 95 at k = 7, of which k² multiply-adds, and
 // ten for copying and what a block does once.
-#include "cuda/depthwise_conv2d_act_pairs.h"
 #include "cuda/device.h"
+#include "cuda/launchers.h"
 
 namespace mobilemamba {
 namespace {
@@ -129,17 +129,19 @@ __global__ void __launch_bounds__(kThreads<kK>, kBlocksOfProcessor<kK>) pairs_ke
   const int image = static_cast<int>(p.by_pair.quotient(lane)), pair = lane - image * p.pairs;
   const int channel = first_channel + 2 * pair;
   if (image >= p.images || first_image + image >= p.batch || channel >= p.channels) return;
-  float2 w[kTaps], bias{0.0f, 0.0f};
+  float2 w[kTaps];
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) {  // side by side in shared memory: the filter of one channel, then that of the other
     const float2 two = reinterpret_cast<const float2*>(shared_memory)[pair * kTaps + i];
     (2 * i < kTaps ? w[2 * i].x : w[2 * i - kTaps].y) = two.x;
     (2 * i + 1 < kTaps ? w[2 * i + 1].x : w[2 * i + 1 - kTaps].y) = two.y;
   }
-  if (p.bias) {
-    const Elements of_channel = p.bias + channel * p.bias_stride;
-    bias = {load(of_channel), load(of_channel + p.bias_stride)};
-  }
+  const auto read = [&](const Elements& vector, int64_t stride, float absent) {
+    const Elements own = vector + channel * stride;
+    return vector ? float2{load(own), load(own + stride)} : float2{absent, absent};
+  };
+  const float2 bias = read(p.bias, p.bias_stride, 0.0f);
+  const float2 scale = read(p.scale, p.scale_stride, 1.0f), shift = read(p.shift, p.shift_stride, 0.0f);
   T* const y = static_cast<T*>(p.y.elements.data) + (first_image + image) * p.y.batch + channel;
   const int y_row = static_cast<int>(p.y.row);
 
@@ -173,6 +175,7 @@ __global__ void __launch_bounds__(kThreads<kK>, kBlocksOfProcessor<kK>) pairs_ke
         }
         if (r < kK - 1) continue;
         float2 sum = activate(sums[o], p.activation);
+        sum = {sum.x * scale.x + shift.x, sum.y * scale.y + shift.y};
         if (p.residual) {
           const float2 more = added->floats();
           sum = {sum.x + more.x, sum.y + more.y}, added += p.tile_columns * kWarp;
@@ -193,9 +196,6 @@ void divide(Plan& p, int64_t rows, int64_t columns) {
   p.column_tiles = static_cast<unsigned>(ceil_div(p.out_width, columns));
   p.in_columns = static_cast<int>((columns - 1) * p.stride + p.k);
 }
-
-// The largest part of `size` in equal parts of at most `most`.
-int64_t share(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, most)); }
 
 Plan plan(const DepthwiseConv2dActParams& params, int64_t processors) {
   constexpr int64_t kMostSide = 16, kLeastSide = 4, kMostFloats = (64 << 10) / sizeof(float);
@@ -235,11 +235,7 @@ bool depthwise_takes_pairs(const DepthwiseConv2dActParams& p) {
 }
 
 cudaError_t depthwise_conv2d_act_pairs(const DepthwiseConv2dActParams& params, cudaStream_t stream) {
-  int device, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  const Plan p = plan(params, processors);
+  const Plan p = plan(params, multiprocessors());
   const auto start = [&](void (*kernel)(Plan), int64_t most_threads) {
     const int64_t strands = static_cast<int64_t>(p.strips) * p.tile_columns;
     const int64_t warps = share(strands, most_threads / kWarp);

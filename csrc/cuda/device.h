@@ -95,11 +95,13 @@ struct SmallDivisor {
   __device__ __forceinline__ unsigned quotient(unsigned i) const { return i * reciprocal >> kShift; }
 };
 
-// Whether kernels may take a map two channels at a time, with 32-bit offsets within an image.
+// Whether kernels may take a map two channels at a time, with 32-bit offsets within an image. What there is one of has
+// any stride.
 inline bool channels_are_pairs(const Map& map, int64_t channels, int64_t rows, int64_t columns) {
   const int64_t last = (rows - 1) * map.row + (columns - 1) * map.column + channels;
   return map.channel == 1 && channels % 2 == 0 && last <= INT32_MAX && map.row <= INT32_MAX &&
-         map.column <= INT32_MAX && in_pairs(map.elements, map.elements.dtype, map.batch, map.row, map.column);
+         map.column <= INT32_MAX &&
+         in_pairs(map.elements, map.elements.dtype, map.batch, rows > 1 ? map.row : 0, columns > 1 ? map.column : 0);
 }
 // And whether they may take 16 bytes at a time, where channels_are_pairs.
 inline bool channels_are_vectors(const Map& map, int64_t channels) {
@@ -159,7 +161,8 @@ __device__ __forceinline__ void store(const Elements& e, float value) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp2f(-kLog2E * x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-// To a unit or two in the last place: without the slow path of a division, which a quotient of this form never takes.
+// To a unit or two in the last place, or 1e-36: without the slow path of a division, which a quotient of this form
+// never takes.
 __device__ __forceinline__ float quick_silu(float x) {
 #ifdef __CUDA_ARCH__
   float reciprocal;
@@ -178,6 +181,21 @@ __device__ __forceinline__ float activate(float x, Activation activation) {
 
 ANYWHERE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The largest of equal parts of `size` of at most `most`.
+constexpr int64_t share(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, most)); }
+ANYWHERE constexpr int64_t between(int64_t value, int64_t least, int64_t most) {
+  return value < least ? least : value < most ? value : most;
+}
+
+// Of the current device; 1 where there is none, of which the launch will tell.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int64_t most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // of a block
+
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;  // of a grid
 
 // Launches kernel(arguments) on so many blocks.
@@ -190,10 +208,10 @@ cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, dim3 bl
   config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(shared_floats) * sizeof(float);
   config.stream = stream;
-  if (config.dynamicSmemBytes > kWithoutAsking) {
+  if (config.dynamicSmemBytes > kWithoutAsking) {  // as much as there is: another thread may launch it with more
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.dynamicSmemBytes));
+                             static_cast<int>(most_shared_bytes()));
     if (error != cudaSuccess) return error;
   }
   return cudaLaunchKernelEx(&config, kernel, arguments...);

@@ -26,6 +26,9 @@ cudaError_t cross_scan(const CrossScanParams& p, cudaStream_t stream);
 cudaError_t cross_merge(const CrossScanParams& p, cudaStream_t stream);
 
 cudaError_t depthwise_conv2d_act(const DepthwiseConv2dActParams& p, cudaStream_t stream);
+// For maps whose channels are dense and even in number, of which depthwise_takes_pairs.
+bool depthwise_takes_pairs(const DepthwiseConv2dActParams& p);
+cudaError_t depthwise_conv2d_act_pairs(const DepthwiseConv2dActParams& p, cudaStream_t stream);
 
 cudaError_t haar_dwt2d(const HaarParams& p, cudaStream_t stream);
 cudaError_t haar_idwt2d(const HaarParams& p, cudaStream_t stream);
@@ -40,7 +43,7 @@ cudaError_t wavelet_depthwise_conv2d_bwd(const WaveletDepthwiseConv2dCudaParams&
 void plan_selective_scan(SelectiveScanCudaParams& p);
 cudaError_t selective_scan_fwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
 // Plans a scan by channels where the operands allow it; says whether they do.
-bool plan_selective_scan_channels(SelectiveScanCudaParams& p, int64_t multiprocessors);
+bool plan_selective_scan_channels(SelectiveScanCudaParams& p);
 bool fits_selective_scan_channels_bwd(const SelectiveScanCudaParams& p);
 cudaError_t selective_scan_channels(const SelectiveScanCudaParams& p, cudaStream_t stream);
 cudaError_t selective_scan_channels_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);

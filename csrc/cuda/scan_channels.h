@@ -8,10 +8,16 @@ namespace mobilemamba {
 
 constexpr int kChannels = 2 * kWarp;  // of a block
 constexpr int kAhead = 8;             // positions that are on their way while as many are computed
-constexpr int64_t kMostFloats = (108 << 10) / sizeof(float);  // of shared memory: two blocks a multiprocessor
-constexpr int64_t kLongest = 2048;                            // positions
+constexpr int64_t kLongest = 2048;    // positions
 
-// 2^x and log2 x by the special-function units, to about 22 bits; float32 is computed with the library's functions.
+// Floats of shared memory that a block may have: on large devices two of them share a multiprocessor.
+inline int64_t most_floats() {
+  constexpr int64_t kMost = 108 << 10;
+  const int64_t most = most_shared_bytes();
+  return (most < kMost ? most : kMost) / static_cast<int64_t>(sizeof(float));
+}
+
+// 2^x by the special-function units, to about 22 bits; float32 is computed with the library's function.
 template <class T>
 __device__ __forceinline__ float power_of_two(float x) {
 #ifdef __CUDA_ARCH__
@@ -23,25 +29,25 @@ __device__ __forceinline__ float power_of_two(float x) {
   return exp2f(x);
 }
 
-// log2(1 + power) of power = 2^x. A small one would be lost in the sum: the first terms of its series are closer than
-// 16 bits.
+// log2(1 + power) of power = 2^x, to 17 bits where it is not float32. The special-function units' logarithm is exact to
+// 2^-22, which is much of a small one: that is the first terms of its series.
 template <class T>
 __device__ __forceinline__ float softplus_of_two(float x, float power) {
   if constexpr (std::is_same_v<T, float>) return x > 20.0f * kLog2E ? x : kLog2E * log1pf(power);
-  const float series = power * (kLog2E - 0.5f * kLog2E * power);
+  const float series = power * (kLog2E - power * (kLog2E / 2 - kLog2E / 3 * power));
   float value = 1.0f + power;
 #ifdef __CUDA_ARCH__
   asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(value));
 #else
   value = log2f(value);
 #endif
-  value = power < 0.00390625f ? series : value;
+  value = power < 0.03125f ? series : value;
   return x > 20.0f * kLog2E ? x : value;
 }
 
 // Starts a copy of one float to shared memory, which wait_for_copies() waits for.
 __device__ __forceinline__ void start_copy(float* to, const float* from) {
-#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(from)
                : "memory");
@@ -50,7 +56,7 @@ __device__ __forceinline__ void start_copy(float* to, const float* from) {
 #endif
 }
 __device__ __forceinline__ void wait_for_copies() {
-#ifdef __CUDA_ARCH__
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

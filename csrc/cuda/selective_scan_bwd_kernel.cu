@@ -14,7 +14,7 @@ namespace mobilemamba {
 namespace {
 
 int64_t backward_floats(const SelectiveScanCudaParams& p) {
-  const int64_t kept = p.directions == 2 && p.u.direction == 0 ? p.warps * segment_of(p) * kWarp : 0;
+  const int64_t kept = p.directions == 2 && p.grad_u.direction == 0 ? p.warps * segment_of(p) * kWarp : 0;
   return fold_floats(3, p.warps) + p.warps * kWarp + private_floats(p) + kept;
 }
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) backward_kernel(Selectiv
   Folds folds{shared_memory + kPlaceFloats, 3, 0};
   float* sums = shared_memory + kPlaceFloats + 6 * warps * kWarp;
   float* tile = sums + warps * kWarp;
-  const bool shared_u = p.directions == 2 && p.u.direction == 0;
+  const bool shared_u = p.directions == 2 && p.grad_u.direction == 0;
   float* kept = tile + warps * kPrivate<kSegment> + threadIdx.y * kSegment * kWarp + threadIdx.x;
   tile += threadIdx.y * kPrivate<kSegment>;
   float* rows = tile + kTile<kSegment>;

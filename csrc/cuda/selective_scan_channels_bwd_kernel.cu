@@ -42,7 +42,7 @@ __device__ __forceinline__ float sum_and_scatter(float (&v)[16], int lane) {
   return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
 }
 
-// Δ and, after it, the decay, of two channels, from the raw step; `slope` is d softplus / d raw.
+// Δ and the decay from the raw step times log2 e; `slope` is d softplus / d raw.
 template <class T, bool kSoftplus>
 __device__ __forceinline__ void step_of(float raw, float rate, float& dt, float& decay, float& slope) {
   float t = raw;
@@ -56,10 +56,8 @@ __device__ __forceinline__ void step_of(float raw, float rate, float& dt, float&
   dt = t * kLn2;
 }
 
-ANYWHERE bool shares_u(const SelectiveScanCudaParams& p) { return p.directions == 2 && p.u.direction == 0; }
-ANYWHERE constexpr int groups_of(int length, int middle) {
-  return (middle + kAhead - 1) / kAhead + (length - middle + kAhead - 1) / kAhead;
-}
+// One u for both directions. Of two that are one in memory the gradients are not.
+ANYWHERE bool shares_u(const SelectiveScanCudaParams& p) { return p.directions == 2 && p.grad_u.direction == 0; }
 
 template <class T, int kDirections, bool kSoftplus>
 __global__ void __launch_bounds__(kDirections* kWarp)
@@ -68,14 +66,15 @@ __global__ void __launch_bounds__(kDirections* kWarp)
   const int64_t slice = item % p.slices, group = item / p.slices % p.groups, batch = item / p.slices / p.groups;
   const int lane = threadIdx.x, k = kDirections == 2 ? threadIdx.y : 0, length = static_cast<int>(p.length);
   const int64_t first = slice * kChannels + 2 * lane;
-  const bool inside = first < per_group;  // the lanes outside compute the last pair too, with a gradient of 0
+  const bool inside = first < per_group;  // the lanes outside compute the last pair too
   const int64_t channel = group * per_group + (inside ? first : per_group - 2);
 
   const bool shared_u = shares_u(p);
   // Positions below `middle`, in the order of the direction, are those whose gradient of u this warp writes.
   const int half = length - length / 2;
   const int middle = !shared_u ? length : k ? length - half : half;
-  const int low_groups = (middle + kAhead - 1) / kAhead, groups = groups_of(length, middle);
+  const int low_groups = (middle + kAhead - 1) / kAhead;
+  const int groups = low_groups + (length - middle + kAhead - 1) / kAhead;
   const auto begin_of = [&](int q) { return q < low_groups ? q * kAhead : middle + (q - low_groups) * kAhead; };
   const auto count_of = [&](int q) {
     const int rest = (q < low_groups ? middle : length) - begin_of(q);
@@ -89,6 +88,7 @@ __global__ void __launch_bounds__(kDirections* kWarp)
   read_all_coefficients<kDirections>(coefficients, p, batch, group, 1.0f);
   const float2* coefficient = coefficients + k * length;
   const float2 A = read_pair(p.A, k, channel), skip = read_pair(p.D, k, channel);
+  const bool skips = static_cast<bool>(p.D);  // 0 · infinity is NaN
   float2 bias = read_pair(p.delta_bias, k, channel);
   bias = {kLog2E * bias.x, kLog2E * bias.y};
   __syncthreads();
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kDirections* kWarp)
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       x[j] = next_u[j].floats(), dt[j] = next_delta[j].floats(), grad[j] = next_dy[j].floats();
-      if (!inside || (!kWhole && j >= count)) grad[j] = {0.0f, 0.0f};
+      if (!kWhole && j >= count) grad[j] = {0.0f, 0.0f};
     }
     if (kReadsAhead && q > 0) read_ahead(q - 1, true);
 #pragma unroll
@@ -166,12 +166,11 @@ __global__ void __launch_bounds__(kDirections* kWarp)
                                     float skip, float& g, float& dA, float& dskip, float& dbias) {
           g += bc.y * dy;
           const float drive = dt * u, gh = g * before, gb = g * bc.x;
-          sums[j] += g * drive;
-          sums[kAhead + j] += dy * (before + drive * bc.x);
+          if (inside) sums[j] += g * drive, sums[kAhead + j] += dy * (before + drive * bc.x);
           dA += gh * dt, dskip += dy * u;
           const float draw = (gh * A + gb * u) * slope;
           dbias += draw;
-          dy = gb * dt + skip * dy;
+          dy = skips ? gb * dt + skip * dy : gb * dt;
           g *= decay;
           return draw;
         };
@@ -241,7 +240,7 @@ cudaError_t launch_type(const SelectiveScanCudaParams& p, cudaStream_t stream) {
 
 bool fits_selective_scan_channels_bwd(const SelectiveScanCudaParams& p) {
   const DType dtype = p.u.elements.dtype;
-  return !p.z && !p.projected && backward_floats(p) <= kMostFloats && reads_pairs(p.grad_out, dtype) &&
+  return !p.z && !p.projected && backward_floats(p) <= most_floats() && reads_pairs(p.grad_out, dtype) &&
          reads_pairs(p.grad_u, dtype) && reads_pairs(p.grad_delta, dtype);
 }
 

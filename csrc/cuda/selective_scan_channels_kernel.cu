@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
   }
   float2 A = read_pair(p.A, k, channel), bias = read_pair(p.delta_bias, k, channel);
   const float2 skip = read_pair(p.D, k, channel);
+  const bool skips = static_cast<bool>(p.D);  // 0 · infinity is NaN
   if (kRank != 0) A = {-expf(A.x), -expf(A.y)};
   bias = {kLog2E * bias.x, kLog2E * bias.y};
   wait_for_copies();
@@ -110,7 +111,9 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
         const float2 bc = coefficient[j];
         h.x = power_of_two<T>(t.x * A.x) * h.x + t.x * x[j].x * bc.x;
         h.y = power_of_two<T>(t.y * A.y) * h.y + t.y * x[j].y * bc.x;
-        x[j] = {bc.y * h.x + skip.x * x[j].x, bc.y * h.y + skip.y * x[j].y};
+        float2 y{bc.y * h.x, bc.y * h.y};
+        if (skips) y.x += skip.x * x[j].x, y.y += skip.y * x[j].y;
+        x[j] = y;
         if constexpr (!kLast) {
           leave[j * kWarp] = x[j];
         } else if constexpr (kDirections == 2) {
@@ -171,7 +174,7 @@ int64_t floats_of(const SelectiveScanCudaParams& p) {
 bool fits_forward(const SelectiveScanCudaParams& p) {
   const DType dtype = p.u.elements.dtype;
   const bool projects = p.directions == 2 && rank_of(p) != 0 && p.dt_low.elements.dtype == DType::kFloat32;
-  return floats_of(p) <= kMostFloats && (!p.projected || projects) && (!p.z || reads_pairs(p.z, dtype)) &&
+  return floats_of(p) <= most_floats() && (!p.projected || projects) && (!p.z || reads_pairs(p.z, dtype)) &&
          reads_pairs(p.out, p.projected ? DType::kFloat32 : dtype);
 }
 
@@ -190,13 +193,13 @@ cudaError_t launch_type(const SelectiveScanCudaParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool plan_selective_scan_channels(SelectiveScanCudaParams& p, int64_t multiprocessors) {
+bool plan_selective_scan_channels(SelectiveScanCudaParams& p) {
   const DType dtype = p.u.elements.dtype;
   if (p.state != 1 || !p.B_varies || !p.C_varies || p.dim / p.groups % 2 != 0 || p.length > kLongest) return false;
   if (!reads_pairs(p.u, dtype) || (!p.projected && !reads_pairs(p.delta, dtype))) return false;
   if (p.backward ? !fits_selective_scan_channels_bwd(p) : !fits_forward(p)) return false;
   const int64_t slices = ceil_div(p.dim / p.groups, kChannels), blocks = p.batch * p.groups * slices;
-  if (p.length > 256 && blocks < 2 * multiprocessors) return false;
+  if (p.length > 256 && blocks < 2 * multiprocessors()) return false;
   p.slices = slices, p.chunks = p.range = 1, p.warps = p.directions;
   return true;
 }

@@ -97,19 +97,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) forward_kernel(Selective
   }
 }
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return 0;
-  return value;
-}
-
 }  // namespace
 
 void plan_selective_scan(SelectiveScanCudaParams& p) {
   constexpr int64_t kBlocksAProcessor = 2;
-  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
-  p.by_channels = plan_selective_scan_channels(p, processors);
+  const int64_t processors = multiprocessors();
+  p.by_channels = plan_selective_scan_channels(p);
   if (p.by_channels) return;
   const int64_t segment = segment_of(p);
   p.slices = ceil_div(p.dim / p.groups, kWarp);
@@ -120,7 +113,7 @@ void plan_selective_scan(SelectiveScanCudaParams& p) {
   if (p.backward || p.chunks == 1) return;
   if (blocks_of(p) < kBlocksAProcessor * processors) return;
   p.range = p.chunks;
-  if (forward_floats(p) * 4 > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) p.range = 1;
+  if (forward_floats(p) * 4 > most_shared_bytes()) p.range = 1;
 }
 
 cudaError_t selective_scan_fwd(const SelectiveScanCudaParams& p, cudaStream_t stream) {

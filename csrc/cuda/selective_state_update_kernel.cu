@@ -113,27 +113,22 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Plan p, int64_t first_
   }
 }
 
-cudaError_t plan(Plan& p) {
+void plan(Plan& p) {
   constexpr int64_t kLeastChannels = 8, kBlocksOfProcessor = 2;
-  int device, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  const int64_t processors = multiprocessors();
   p.lanes = 1;
   if (p.states.state == 1 || p.states.channel != 1)
     while (p.lanes < p.state && p.lanes < kWarp) p.lanes *= 2;
   p.channels = kThreads;
   while (p.channels > kLeastChannels && (p.channels / 2 >= p.dim || p.items() < kBlocksOfProcessor * processors))
     p.channels /= 2;
-  return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t selective_state_update(const SelectiveStateUpdateParams& params, cudaStream_t stream) {
   Plan p{params};
-  const cudaError_t error = plan(p);
-  if (error != cudaSuccess) return error;
+  plan(p);
   return p.lanes < kWarp || p.state == kWarp
              ? launch(update_kernel<kAtOnce, 1>, p, p.items(), kThreads, p.shared_floats(), stream)
              : launch(update_kernel<1, kAtOnce>, p, p.items(), kThreads, p.shared_floats(), stream);

@@ -16,22 +16,27 @@ constexpr int kWarps = 8;
 
 bool by_channels(const Ss2dNormalizeParams& p) { return p.y.channel == 1; }
 
+__device__ __forceinline__ float sum_lanes(float sum) {
+#pragma unroll
+  for (int mask = 1; mask < kWarp; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+  return sum;
+}
+
 template <bool kByChannels>
 __global__ void __launch_bounds__(kWarps* kWarp, 3) normalize_kernel(Ss2dNormalizeParams p) {
   const int lane = threadIdx.x, warp = threadIdx.y;
   const int64_t positions = kByChannels ? kWarps : kWarp, blocks = (p.length + positions - 1) / positions;
   const auto sum_all = [&](float sum) {
     if constexpr (kByChannels) {
-#pragma unroll
-      for (int mask = 1; mask < kWarp; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+      return sum_lanes(sum);
     } else {
       __syncthreads();
       shared_memory[warp * kWarp + lane] = sum;
       __syncthreads();
       sum = 0.0f;
       for (int w = 0; w < kWarps; ++w) sum += shared_memory[w * kWarp + lane];
+      return sum;
     }
-    return sum;
   };
   for (int64_t item = blockIdx.x; item < p.batch * blocks; item += gridDim.x) {
     const int64_t batch = item / blocks, position = item % blocks * positions + (kByChannels ? warp : lane);
@@ -56,12 +61,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) normalize_kernel(Ss2dNormali
         store(p.out.at(batch, c, position), value);
       }
   }
-}
-
-__device__ __forceinline__ float sum_lanes(float sum) {
-#pragma unroll
-  for (int mask = 1; mask < kWarp; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-  return sum;
 }
 
 // T: of z and the result. kPairs of channels a lane.

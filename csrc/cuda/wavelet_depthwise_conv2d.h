@@ -74,14 +74,11 @@ __device__ __forceinline__ int thread_of_block() { return static_cast<int>(threa
 template <int kBatch, class Before, class F, class After>
 __device__ __forceinline__ void for_positions(const Map& map, int channels, int rows, int columns, Before before, F f,
                                               After after) {
-  // i / d = i * ceil(2^20 / d) >> 20 as long as i * d < 2^20.
-  constexpr int kShift = 20;
-  const auto reciprocal = [](unsigned d) { return ((1u << kShift) + d - 1) / d; };
   const unsigned positions = static_cast<unsigned>(rows * columns);
   const bool lanes_inside = map.channel == 1 && !(channels == 1 && map.column == 1);
   const unsigned inner = lanes_inside ? kWarp : positions;
   const unsigned total = positions * static_cast<unsigned>(lanes_inside ? kWarp : channels);
-  const unsigned per_inner = reciprocal(inner), per_row = reciprocal(static_cast<unsigned>(columns));
+  const SmallDivisor by_inner(inner), by_column(columns);
   unsigned first = static_cast<unsigned>(thread_of_block());
   hide(first);
 #pragma unroll 1
@@ -90,18 +87,14 @@ __device__ __forceinline__ void for_positions(const Map& map, int channels, int 
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const unsigned i = first + static_cast<unsigned>(k) * kWaveletThreads;
-      const unsigned high = i * per_inner >> kShift, low = i - high * inner;
+      const unsigned high = by_inner.quotient(i), low = i - high * inner;
       const unsigned lane = lanes_inside ? low : high, position = lanes_inside ? high : low;
-      const unsigned row = position * per_row >> kShift;
+      const unsigned row = by_column.quotient(position);
       if (i < total && static_cast<int>(lane) < channels)
         f(k, static_cast<int>(lane), static_cast<int>(row), static_cast<int>(position - row * columns));
     }
     after();
   }
-}
-
-__device__ __forceinline__ int between(int64_t value, int least, int most) {
-  return static_cast<int>(value < least ? least : value < most ? value : most);
 }
 
 // Where pixels of a map lie, by rows and columns counted from a position of the bands.

@@ -209,17 +209,12 @@ __global__ void __launch_bounds__(kWaveletThreads, 3) any_filter_kernel(WaveletP
   }
 }
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 }  // namespace
 
 void plan_wavelet_depthwise_conv2d(WaveletDepthwiseConv2dCudaParams& p) {
   constexpr int64_t kMostColumns = 8;
-  constexpr int64_t kLeastRows = 16, kMostRows = 64;  // of a unit of a large map
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t wanted = processors * (p.backward ? 4 : 8);  // blocks: they fill the device once or twice
+  constexpr int64_t kLeastRows = 16, kMostRows = 64;                // of a unit of a large map
+  const int64_t wanted = multiprocessors() * (p.backward ? 4 : 8);  // blocks: they fill the device once or twice
   const int64_t blocks = ceil_div(p.channels, kWarp), height = half(p.height), width = half(p.width);
   p.rows = height, p.columns = width;
   const bool fits = p.tap_rows == p.tap_columns && (p.tap_rows == 3 || p.tap_rows == 5 || p.tap_rows == 7);
@@ -234,7 +229,7 @@ void plan_wavelet_depthwise_conv2d(WaveletDepthwiseConv2dCudaParams& p) {
       const int64_t others = p.batch * blocks * ceil_div(width, p.unit_columns), units = ceil_div(wanted, others);
       const int64_t rows = ceil_div(height, units);
       p.step = kStep;
-      p.unit_rows = ceil_div(height, ceil_div(height, rows < kLeastRows ? kLeastRows : smaller(rows, kMostRows)));
+      p.unit_rows = ceil_div(height, ceil_div(height, between(rows, kLeastRows, kMostRows)));
     }
   } else {
     p.whole = false, p.segment = p.unit_columns = kAnyColumns, p.unit_rows = p.step = kAnyRows;

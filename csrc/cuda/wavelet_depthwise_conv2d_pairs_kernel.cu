@@ -14,8 +14,8 @@
 namespace mobilemamba {
 namespace {
 
-constexpr int kPairs = kWarp / 2, kStep = kWaveletThreads / kPairs;  // positions that a block has at a time
-constexpr int64_t kMostPositions = 64;                               // of images at once
+constexpr int kPairs = kWarp / 2, kAtATime = kWaveletThreads / kPairs;  // positions that a block has at a time
+constexpr int64_t kMostPositions = 64;                                  // of images at once
 
 template <int kK, int kColumns>
 constexpr int kResident = kK == 7 && kColumns == 8 ? 3 : 4;  // blocks of a multiprocessor
@@ -74,7 +74,7 @@ __device__ __forceinline__ void read_filters(float (&w)[kK * kK], const Plan& p,
 template <class T, int kColumns>
 struct PixelPairs {
   static constexpr int kAcross = kColumns <= 2 ? 2 : kColumns <= 4 ? 4 : 8;  // threads for a line
-  static constexpr int kLines = kStep / kAcross;                             // that a block has at a time
+  static constexpr int kLines = kAtATime / kAcross;                          // that a block has at a time
 
   T* pixels;
   unsigned batch, row, column;
@@ -245,13 +245,9 @@ bool wavelet_takes_pairs(const WaveletDepthwiseConv2dCudaParams& p) {
 
 cudaError_t wavelet_depthwise_conv2d_pairs(const WaveletDepthwiseConv2dCudaParams& params, cudaStream_t stream) {
   Plan p{params};
-  int device = 0, processors = 1;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
   const auto start = [&](auto taps, auto columns) {
     constexpr int kK = decltype(taps)::value, kColumns = decltype(columns)::value;
-    const int64_t resident = processors * kResident<kK, kColumns>, positions = p.rows * kColumns;
+    const int64_t resident = multiprocessors() * kResident<kK, kColumns>, positions = p.rows * kColumns;
     p.groups = ceil_div(p.units, ceil_div(p.units * p.blocks, resident));
     const int64_t of_group = ceil_div(p.units, p.groups), most = kMostPositions / positions;
     p.images = static_cast<int>(most < 1 ? 1 : most < of_group ? most : of_group);

@@ -1,4 +1,4 @@
-// Depthwise convolution with bias, activation and residual.
+// Depthwise convolution with bias, activation, a scaling of each channel and residual.
 #pragma once
 
 #include "include/activation.h"
@@ -10,10 +10,10 @@ struct DepthwiseConv2dActParams {
   int64_t batch, channels, height, width, out_height, out_width;
   int64_t k, stride, padding;
   Activation activation;
-  Map x, residual, y;  // residual may be absent
-  Elements weight;     // (channels, k, k), contiguous
-  Elements bias;       // (channels) or absent
-  int64_t bias_stride;
+  Map x, residual, y;           // residual may be absent
+  Elements weight;              // (channels, k, k), contiguous
+  Elements bias, scale, shift;  // (channels) or absent
+  int64_t bias_stride, scale_stride, shift_stride;
   int64_t group;    // channels that an item covers, a multiple of kLanes
   int64_t rows;     // output rows that an item covers
   bool transposes;  // an item is one block, read and stored as a whole; else it goes row by row
@@ -40,9 +40,10 @@ inline int64_t depthwise_tiles(const DepthwiseConv2dActParams& p, int64_t lanes)
 // Positions whose sums are kept.
 inline int64_t depthwise_sums(const DepthwiseConv2dActParams& p) { return (p.transposes ? p.rows : 1) * p.out_width; }
 
-// The weights and biases of a group, its tiles, the sums of a block, and a residual that has to be transposed.
+// The weights, biases, scales and shifts of a group, its tiles, the sums of a block, and a residual that has to be
+// transposed.
 inline int64_t depthwise_scratch(const DepthwiseConv2dActParams& p, int64_t lanes) {
-  return p.group * (p.k * p.k + 1) + depthwise_tiles(p, lanes) + 2 * depthwise_sums(p) * lanes;
+  return p.group * (p.k * p.k + 3) + depthwise_tiles(p, lanes) + 2 * depthwise_sums(p) * lanes;
 }
 
 }  // namespace mobilemamba

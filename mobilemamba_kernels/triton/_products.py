@@ -60,6 +60,14 @@ def at_positions(pointer, batch, row, column, stride_batch, stride_row, stride_c
 
 
 @triton.jit
+def finished(total, bias, bias_output, o, wanted, ACTIVATION: tl.constexpr):
+    """activation(``total`` + bias) of outputs ``o``."""
+    if bias is not None:
+        total += tl.load(bias + o * bias_output, wanted, 0.0).to(tl.float32)
+    return activate(total, ACTIVATION)
+
+
+@triton.jit
 def _kernel(
     x, second, third, weight, bias, residual, other, y,
     channels, second_channels, third_channels, outputs, height, width, count,
@@ -98,9 +106,7 @@ def _kernel(
             total, at, third_channel, third_channels, weight, w_channel, held, wanted,
             INPUT_ACTIVATION, MULTIPLY, PRECISION, VECTOR, DEPTH, INDEX,
         )  # fmt: skip
-    if bias is not None:
-        total += tl.load(bias + o * bias_output, wanted, 0.0).to(tl.float32)
-    total = activate(total, ACTIVATION)
+    total = finished(total, bias, bias_output, o, wanted, ACTIVATION)
     mask = held & wanted
     if residual is not None:
         at = at_positions(residual, batch, row, column, r_batch, r_row, r_column, VECTOR)

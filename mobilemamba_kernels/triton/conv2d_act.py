@@ -1,8 +1,11 @@
 """Dense convolution as a product over taps and channels, with bias and activation.
 
 A program computes a tile of positions × outputs in float32 registers. It reads the maps where they lie: for each tap
-the channels of the pixels that it meets or, where channels are few, taps and channels as one depth. Neighbouring
-programs share their positions, so x and the result move once; pixels under several taps come out of L1 or L2.
+the channels of the pixels that it meets. Neighbouring programs share their positions, so x and the result move once;
+pixels under several taps come out of L1 or L2.
+
+Where channels are few (the first layer), taps and channels are one depth, and a lane is a position: it decodes its
+place once and reads all that lies under its filter, beside its neighbours.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from torch import Tensor
 from mobilemamba_kernels.ops._convolutions import empty_image, output_size
 from mobilemamba_kernels.ops.conv2d_act import filter_size
 from mobilemamba_kernels.ops.pack_weight import outputs_of, unpack_weight
-from mobilemamba_kernels.triton._activations import activate
 from mobilemamba_kernels.triton._launch import Configuration, blocks, every_map, index_type, launch, record, strides_of
 from mobilemamba_kernels.triton._products import (
     at_positions,
+    finished,
     multiplication,
     multiplied_as,
     product,
@@ -38,7 +41,7 @@ def _kernel(
     x_batch, x_channel, x_row, x_column,
     w_output, w_depth, bias_output,
     y_batch, y_output, y_row, y_column,
-    K: tl.constexpr, TAPS_IN_DEPTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr,
     MULTIPLY: tl.constexpr, PRECISION: tl.constexpr, VECTOR: tl.constexpr,
     POSITIONS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -51,27 +54,50 @@ def _kernel(
     weight += tl.multiple_of(o * w_output, (VECTOR, VECTOR))
     total = tl.zeros([POSITIONS, OUTPUTS], tl.float32)
     lanes = tl.arange(0, DEPTH)[None, :]
-    steps = tl.cdiv(K * K * channels, DEPTH) if TAPS_IN_DEPTH else K * K * tl.cdiv(channels, DEPTH)
-    for step in range(steps):
-        if TAPS_IN_DEPTH:
-            place = step * DEPTH + lanes
-            tap, c = place // channels, place % channels
-            exists = tap < K * K
-        else:
-            tap = step // tl.cdiv(channels, DEPTH)
-            c = step % tl.cdiv(channels, DEPTH) * DEPTH + lanes
-            exists = c < channels
-            place = tap * channels + c
+    for step in range(K * K * tl.cdiv(channels, DEPTH)):
+        tap = step // tl.cdiv(channels, DEPTH)
+        c = step % tl.cdiv(channels, DEPTH) * DEPTH + lanes
+        exists = c < channels
         i, j = tap // K, tap % K
         inside = held & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
         zero = tl.zeros([1, 1], INDEX)
         offsets = tl.multiple_of(first + (i + zero) * x_row + (j + zero) * x_column, (VECTOR, VECTOR))
         pixels = tl.load(x + offsets + c * x_channel, inside & exists, 0.0)
-        filters = tl.load(weight + tl.trans(place) * w_depth, wanted & tl.trans(exists), 0.0)
+        filters = tl.load(weight + tl.trans(tap * channels + c) * w_depth, wanted & tl.trans(exists), 0.0)
         total = product(pixels.to(MULTIPLY), filters.to(MULTIPLY), total, PRECISION)
-    if bias is not None:
-        total += tl.load(bias + o * bias_output, wanted, 0.0).to(tl.float32)
-    total = activate(total, ACTIVATION)
+    total = finished(total, bias, bias_output, o, wanted, ACTIVATION)
+    y = at_positions(y, batch, row, column, y_batch, y_row, y_column, VECTOR)
+    tl.store(y + o * y_output, total.to(y.dtype.element_ty), held & wanted)
+
+
+@triton.jit
+def _few_channels_kernel(
+    x, weight, bias, y, channels: tl.constexpr, outputs, height, width, out_height, out_width, count, stride, padding,
+    x_batch, x_channel, x_row, x_column,
+    w_output, w_depth, bias_output,
+    y_batch, y_output, y_row, y_column,
+    K: tl.constexpr, ACTIVATION: tl.constexpr,
+    MULTIPLY: tl.constexpr, PRECISION: tl.constexpr, VECTOR: tl.constexpr,
+    POSITIONS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    outputs = outputs // VECTOR * VECTOR
+    m, o = tile(outputs, POSITIONS, OUTPUTS, INDEX)
+    held, wanted = m < count, o < outputs
+    column, row, batch = m % out_width, m // out_width % out_height, m // out_width // out_height
+    left, top = tl.trans(column * stride - padding), tl.trans(row * stride - padding)
+    x += tl.trans(batch) * x_batch + top * x_row + left * x_column
+    weight += o * w_output
+    total = tl.zeros([POSITIONS, OUTPUTS], tl.float32)
+    for begin in tl.static_range(0, K * K * channels, DEPTH):
+        place = begin + tl.arange(0, DEPTH)[:, None]
+        exists = place < K * K * channels
+        c, i, j = place % channels, place // channels // K, place // channels % K
+        inside = tl.trans(held) & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+        zero = tl.zeros([1, 1], INDEX)
+        pixels = tl.load(x + (i + zero) * x_row + (j + zero) * x_column + (c + zero) * x_channel, inside & exists, 0.0)
+        filters = tl.load(weight + place * w_depth, exists & wanted, 0.0)
+        total = product(tl.trans(pixels.to(MULTIPLY)), filters.to(MULTIPLY), total, PRECISION)
+    total = finished(total, bias, bias_output, o, wanted, ACTIVATION)
     y = at_positions(y, batch, row, column, y_batch, y_row, y_column, VECTOR)
     tl.store(y + o * y_output, total.to(y.dtype.element_ty), held & wanted)
 
@@ -86,21 +112,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     filters = unpack_weight(weight, outputs, channels, k)
     matrix = filters.permute(0, 2, 3, 1).reshape(outputs, k * k * channels)  # a copy, unless it is channels-last
     count = batch * out_height * out_width
-    taps_in_depth = channels <= _FEW_CHANNELS
+    few = channels <= _FEW_CHANNELS
     multiplied = multiplied_as(x.dtype, weight)
-    vector = 1 if taps_in_depth else vector_of((x, y), matrix, channels, outputs)
-    depth = k * k * channels if taps_in_depth else channels
-    positions, across, depth, options = product_tile(
-        count, outputs, depth, multiplied, vector, 256 if depth <= 32 else 128
-    )
-    if taps_in_depth and multiplied != torch.float32 and blocks(count, 128) >= BUSY:
-        positions, options = 128, {"num_warps": 4}
+    vector = vector_of((), y, outputs) if few else vector_of((x, y), matrix, channels, outputs)
+    depth = k * k * channels if few else channels
+    most = 256 if channels <= 32 else 128
+    positions, across, depth, options = product_tile(count, outputs, depth, multiplied, vector, most)
+    if few:
+        positions, depth, options = 128 if blocks(count, 128) >= BUSY else 32, min(depth, 32), {"num_warps": 4}
     multiply_type, precision = multiplication(multiplied)
     launch(
-        _kernel, blocks(count, positions) * blocks(outputs, across),
+        _few_channels_kernel if few else _kernel, blocks(count, positions) * blocks(outputs, across),
         x, matrix, bias, y, channels, outputs, height, width, out_height, out_width, count, stride, padding,
         *x.stride(), *matrix.stride(), *strides_of(bias, 1), *y.stride(),
-        K=k, TAPS_IN_DEPTH=taps_in_depth, ACTIVATION=activation, MULTIPLY=multiply_type, PRECISION=precision,
+        K=k, ACTIVATION=activation, MULTIPLY=multiply_type, PRECISION=precision,
         VECTOR=vector, POSITIONS=positions, OUTPUTS=across, DEPTH=depth, INDEX=index_type(x, y), **options,
     )  # fmt: skip
     return y

@@ -1,4 +1,4 @@
-"""Depthwise convolution with bias, activation and residual in one pass over memory.
+"""Depthwise convolution with bias, activation, a scaling of each channel and residual in one pass over memory.
 
 A lane owns some rows of one column of the result, of one channel. For each column under the filter it reads the pixels
 above each other once and adds them to all the rows whose taps meet them. Pixels that neighbouring lanes read too come
@@ -43,10 +43,10 @@ def _load_taps(weight, row_stride, mask, K: tl.constexpr):
 
 @triton.jit
 def _kernel(
-    x, weight, bias, residual, y, channels, height, width, out_height, out_width, count, padding,
+    x, weight, bias, residual, scale, shift, y, channels, height, width, out_height, out_width, count, padding,
     x_batch, x_channel, x_row, x_column,
     w_channel, w_row, w_column,
-    bias_channel,
+    bias_channel, scale_channel, shift_channel,
     r_batch, r_channel, r_row, r_column,
     y_batch, y_channel, y_row, y_column,
     K: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
@@ -77,13 +77,21 @@ def _kernel(
     if residual is not None:
         residual += batch * r_batch + c * r_channel + first_row * r_row + column * r_column
     if bias is not None:
-        shift = tl.load(bias + c * bias_channel, exists, 0.0).to(tl.float32)
+        added = tl.load(bias + c * bias_channel, exists, 0.0).to(tl.float32)
+    if scale is not None:
+        factor = tl.load(scale + c * scale_channel, exists, 0.0).to(tl.float32)
+    if shift is not None:
+        offset = tl.load(shift + c * shift_channel, exists, 0.0).to(tl.float32)
     for q in tl.static_range(ROWS):
         inside = mask & (first_row + q < out_height)
         result = sums[q]
         if bias is not None:
-            result += shift
+            result += added
         result = activate(result, ACTIVATION)
+        if scale is not None:
+            result *= factor
+        if shift is not None:
+            result += offset
         if residual is not None:
             result += tl.load(residual + q * r_row, inside, 0.0).to(tl.float32)
         tl.store(y + q * y_row, result.to(y.dtype.element_ty), inside)
@@ -97,6 +105,8 @@ def forward(
     padding: int,
     activation: str,
     residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
 ) -> Tensor:
     batch, channels, height, width = x.shape
     k = weight.shape[2]
@@ -113,8 +123,9 @@ def forward(
     positions, across = tile_size(channels, inside, _ELEMENTS)
     launch(
         _kernel, blocks(count, positions) * blocks(channels, across),
-        x, taps, bias, residual, y, channels, height, width, out_height, out_width, count, padding,
-        *x.stride(), *taps.stride(), *strides_of(bias, 1), *strides_of(residual), *y.stride(),
+        x, taps, bias, residual, scale, shift, y, channels, height, width, out_height, out_width, count, padding,
+        *x.stride(), *taps.stride(), *strides_of(bias, 1), *strides_of(scale, 1), *strides_of(shift, 1),
+        *strides_of(residual), *y.stride(),
         K=k, STRIDE=stride, ACTIVATION=activation, ROWS=rows, UNROLL=k if k * k <= _FEW_TAPS else 1,
         POSITIONS=positions, CHANNELS=across, INDEX=index_type(x, residual, y), num_warps=8,
     )  # fmt: skip
@@ -123,18 +134,18 @@ def forward(
 
 def configurations() -> Iterator[Configuration]:
     """The kernels of S6's depthwise convolutions."""
-    for channels, size, k, stride, activation, adds in (
-        (192, 14, 3, 1, "none", True),
-        (320, 14, 3, 1, "silu", False),
-        (32, 14, 7, 1, "relu", False),
-        (768, 14, 3, 2, "relu", False),
-        (384, 7, 3, 1, "none", True),
-        (76, 7, 5, 1, "relu", False),
-        (448, 4, 3, 1, "none", True),
+    for channels, size, k, stride, activation, adds, scales in (
+        (192, 14, 3, 1, "none", True, False),
+        (320, 14, 3, 1, "silu", False, False),
+        (32, 14, 7, 1, "relu", False, True),
+        (768, 14, 3, 2, "relu", False, False),
+        (384, 7, 3, 1, "none", True, False),
+        (76, 7, 5, 1, "relu", False, True),
+        (448, 4, 3, 1, "none", True, False),
     ):
         for name, x in every_map(256, channels, size, size):
             weight = torch.empty(channels, 1, k, k, device="meta")
             bias = torch.empty(channels, device="meta")
             title = f"depthwise_conv2d_act-{name}-k{k}-s{stride}-{activation}"
-            residual = x if adds else None
-            yield from record(title, forward, x, weight, bias, stride, k // 2, activation, residual)
+            residual, scale = x if adds else None, bias if scales else None
+            yield from record(title, forward, x, weight, bias, stride, k // 2, activation, residual, scale, scale)

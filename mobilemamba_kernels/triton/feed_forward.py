@@ -1,9 +1,13 @@
 """x + w2 · activation(w1 · x + b1) + b2 + residual: both products in one pass, the hidden maps never in memory.
 
 A program keeps a tile of positions, with all its channels in chunks of 64, beside the float32 sums of its result; the
-weights stream by in blocks of hidden channels out of the L2 cache. x, the residual and the result each move once. Where
-the chunks would not fit into registers and shared memory, where channels are not neighbours, where there are few
-positions, and where float32 is multiplied, which is bound by arithmetic, two products run instead.
+weights stream by in blocks of hidden channels out of the L2 cache. x, the residual and the result each move once.
+
+Two products run instead where they are faster, which is where channels are many: few positions fit beside the sums of
+all of them, and for those all weights come out of the L2 cache (on an H200 at 192 channels 61 µs, two products 82; at
+384 channels 127 and 59). At 448 channels, S6's last stage, they would be faster too (86 and 41), but of S6's 100
+launches two are left. They run also where channels are not neighbours, where positions are few, and where float32 is
+multiplied, which is bound by arithmetic.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from mobilemamba_kernels.triton._products import (
 from mobilemamba_kernels.triton._tiles import append, repeat, replace
 
 _CHUNK = 64  # channels
-_MOST_CHUNKS = 7
+_CHUNKS = (1, 2, 3, 7)  # that one kernel takes
 _FEWEST_PROGRAMS = 64
 
 
@@ -114,9 +118,10 @@ def _tile(chunks: int, device: torch.device) -> tuple[int, int]:
 
     Hopper and Blackwell (9.0, 10.x) multiply out of shared memory; elsewhere x lies in registers too, beside the sums.
     """
+    many = chunks > 3
     if 90 <= architecture(device) < 120:
-        return (128, 64) if chunks <= 3 else (64, 32) if chunks <= 6 else (32, 32)
-    return (64 if chunks <= 4 else 32 if chunks <= 6 else 16), 32
+        return (32, 32) if many else (128, 64)
+    return (16 if many else 64), 32
 
 
 def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
@@ -125,7 +130,7 @@ def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
     What is not read in whole vectors takes a register for each address.
     """
     chunks = blocks(x.shape[1], _CHUNK)
-    if multiplied == torch.float32 or vector < 8 or not 0 < chunks <= _MOST_CHUNKS:
+    if multiplied == torch.float32 or vector < 8 or chunks not in _CHUNKS:
         return False
     positions, step = _tile(chunks, x.device)
     needed = (positions + 4 * step) * chunks * _CHUNK * multiplied.itemsize + 1024

@@ -59,7 +59,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 namespace emulation {
 
-constexpr size_t kSharedWithoutAsking = 48 << 10, kMostShared = 227 << 10;
+constexpr size_t kSharedWithoutAsking = 48 << 10, kMostShared = 99 << 10;
 
 using Barrier = std::barrier<>;
 struct Warp {

@@ -109,8 +109,9 @@ class Depthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.residual else None
         return depthwise_conv2d_act(
-            x, self.weight, self.bias, self.stride, None, self.activation, residual, self.scale, self.shift
-        )
+            x, self.weight, self.bias, self.stride,
+            activation=self.activation, residual=residual, scale=self.scale, shift=self.shift,
+        )  # fmt: skip
 
 
 class Pointwise(nn.Module):
@@ -276,9 +277,11 @@ def _(layer: Any) -> nn.Module:
 
 @_fused.register(LocalOp)
 def _(layer: Any) -> nn.Module:
-    scale, shift = _folded(layer.dwconv1x1, layer.bn2)
     weight, bias = _folded(layer.dwconv3x3, layer.bn1)
-    return Depthwise(weight, bias, activation="relu", scale=scale.flatten(), shift=shift)
+    scale, shift = _folded(layer.dwconv1x1, layer.bn2)
+    if scale.shape[1:].numel() == 1:
+        return Depthwise(weight, bias, activation="relu", scale=scale.flatten(), shift=shift)
+    return nn.Sequential(Depthwise(weight, bias, activation="relu"), Depthwise(scale, shift))
 
 
 @_fused.register(GlobalOp)

@@ -224,7 +224,8 @@ class DirectDepthwise(Direct):
 
     def __init__(self, layer: Depthwise, target: _Target) -> None:
         weight = target.filters(self.operator, layer.weight)
-        super().__init__(target, weight.numel(), {"weight": weight, "bias": layer.bias})
+        macs = weight.numel() + (0 if layer.scale is None else layer.scale.numel())
+        super().__init__(target, macs, {"weight": weight, "bias": layer.bias})
         self.scale, self.shift = layer.scale, layer.shift
         self.stride, self.padding, self.activation = layer.stride, layer.weight.shape[-1] // 2, layer.activation
         self.residual = layer.residual

@@ -98,7 +98,7 @@ _MACS: dict[type[nn.Module], Callable[[Any, torch.Size], int]] = {
     DirectPointwise: _packed,
     DirectFeedForward: _packed,
     DirectSqueezeExcite: lambda module, shape: module.macs,
-    DirectDepthwise: _at_each_position("weight", "scale"),
+    DirectDepthwise: _packed,
     DirectScan: _packed,
     DirectWavelet: lambda module, shape: _wavelet(module.weight, shape),
 }

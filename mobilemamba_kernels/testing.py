@@ -504,6 +504,7 @@ CASES: tuple[Case, ...] = (
     _selective_scan(1, 3, 7, 256, has="Dzbsl"),
     _selective_scan(2, 136, 21, 1, bc="2", has="Dzbsl"),
     _selective_scan(1, 16, 49, 1, has="s"),
+    _selective_scan(1, 150, 72, 16, has="zbsl"),
     _selective_scan(0, 5, 7, 1, has="Dzbsl"),
     _selective_scan(2, 5, 0, 3, has="Dzbsl"),
     _selective_scan(2, 0, 7, 3, has="Dzbsl"),

@@ -85,7 +85,7 @@ def reference(case: Case, arguments: dict, exact: bool = False) -> tuple[Tensor,
 
 @functools.lru_cache(maxsize=64)
 def truth(case: Case, dtype: torch.dtype, instruction_set: str, device: str = "cpu"):
-    """Those of a case's arguments, with weights packed for an instruction set."""
+    """:func:`truth_of` a case's arguments, with weights packed for an instruction set."""
     return truth_of(case, case.make(dtype, device=device))
 
 

@@ -239,7 +239,14 @@ def with_gelu(model):
     model.blocks1[0].mixer.m.attn.global_op.global_atten.act = nn.GELU()
 
 
+def with_a_larger_second_filter(model):
+    local = model.blocks2[-1].mixer.m.attn.local_op
+    channels = local.dwconv1x1.in_channels
+    local.dwconv1x1 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+
 CHANGES = {
+    "a larger second filter of the local branch": with_a_larger_second_filter,
     "a head of another kind": lambda m: setattr(m, "head", Cosine(m.num_features, 7)),
     "a head without a bias": lambda m: setattr(m, "head", nn.Linear(m.num_features, 7, bias=False)),
     "a head of several layers": lambda m: setattr(m, "head", Shifted(nn.Identity(), nn.Linear(m.num_features, 7))),

@@ -80,7 +80,7 @@ ScanSums run_scan_backward(SelectiveScanParams& params, const Tensor& like) {
       const int64_t size = chunks.numel() / 3;
       p.chunk_decay = floats(chunks), p.chunk_state = p.chunk_decay + size, p.chunk_adjoint = p.chunk_state + size;
     }
-    if (p.z) {
+    if (p.z && !p.by_states) {
       // In the layout of z: (batch, dim, length), of which dim or length may be the dense one.
       const bool last = p.z.channel == 1;
       gated = new_floats(like, {p.batch, p.dim, p.length});

@@ -258,7 +258,7 @@ void depthwise_conv2d_act(const DepthwiseConv2dActParams& p, int64_t begin, int6
         // On the row as a whole, which is still in cache.
         const bool finishes = p.activation == Activation::kSilu || scaling;
         w.y = out, w.y_column = p.y.column, w.stored = true;
-        w.low = p.activation == Activation::kRelu ? 0.0f : -__builtin_inff();
+        w.low = p.activation == Activation::kRelu && !finishes ? 0.0f : -__builtin_inff();
         w.residual = finishes ? nullptr : residual, w.residual_column = p.residual.column;
         for (; c + kLanes <= group_end; c += kLanes) {
           if (last < p.height)

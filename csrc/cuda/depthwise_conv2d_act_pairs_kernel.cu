@@ -7,7 +7,7 @@
 // filter read once (k loads of 4 bytes at constant offsets) for all output rows that it meets. Bytes: x (with the rows
 // and columns that tiles share), residual and y once; filters, in float32, once a block.
 //
-// Instructions of an output (sm_90, 16 bits, 14×14): about 23 at k = 3 and 95 at k = 7, of which k² multiply-adds, and
+// Instructions of an output (sm_90, 16 bits, 14×14): about 25 at k = 3 and 97 at k = 7, of which k² multiply-adds, and
 // ten for copying and what a block does once.
 #include "cuda/device.h"
 #include "cuda/launchers.h"

@@ -95,8 +95,8 @@ struct SmallDivisor {
   __device__ __forceinline__ unsigned quotient(unsigned i) const { return i * reciprocal >> kShift; }
 };
 
-// Whether kernels may take a map two channels at a time, with 32-bit offsets within an image. What there is one of has
-// any stride.
+// Whether kernels may take a map two channels at a time, with 32-bit offsets within an image. The one row or column of
+// a map has any stride.
 inline bool channels_are_pairs(const Map& map, int64_t channels, int64_t rows, int64_t columns) {
   const int64_t last = (rows - 1) * map.row + (columns - 1) * map.column + channels;
   return map.channel == 1 && channels % 2 == 0 && last <= INT32_MAX && map.row <= INT32_MAX &&

@@ -47,9 +47,16 @@ bool plan_selective_scan_channels(SelectiveScanCudaParams& p);
 bool fits_selective_scan_channels_bwd(const SelectiveScanCudaParams& p);
 cudaError_t selective_scan_channels(const SelectiveScanCudaParams& p, cudaStream_t stream);
 cudaError_t selective_scan_channels_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
+// As plan_selective_scan_channels: one direction, some numbers of states.
+bool plan_selective_scan_states(SelectiveScanCudaParams& p);
+// The forward, or the whole backward with selective_scan_states_bwd as its last launch.
+cudaError_t selective_scan_states(const SelectiveScanCudaParams& p, cudaStream_t stream);
+cudaError_t selective_scan_states_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
 cudaError_t selective_scan_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
 // Fills chunk_decay, chunk_state and, before a backward, chunk_adjoint.
 cudaError_t selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t stream);
+// Replaces each chunk's fold by what enters the chunk.
+cudaError_t join_selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t stream);
 // Before a backward with z: fills grad_z and gated.
 cudaError_t selective_scan_gate(const SelectiveScanCudaParams& p, cudaStream_t stream);
 cudaError_t partial_sums(const PartialSumsParams& p, cudaStream_t stream);

@@ -45,6 +45,41 @@ __device__ __forceinline__ float softplus_of_two(float x, float power) {
   return x > 20.0f * kLog2E ? x : value;
 }
 
+template <class T>
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (!std::is_same_v<T, float>) {
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+  }
+#endif
+  return 1.0f / x;
+}
+
+// The slope of softplus at x ln 2, of power = 2^x.
+template <class T>
+__device__ __forceinline__ float slope_of_two(float x, float power) {
+  return x > 20.0f * kLog2E ? 1.0f : power * reciprocal<T>(1.0f + power);
+}
+
+// Of v[0] to v[2 · kHalf - 1] lanes whose number has the bit kHalf keep the upper half, added up with their
+// neighbour's.
+template <int kHalf>
+__device__ __forceinline__ void halve(float* v, int lane) {
+  const bool upper = lane & kHalf;
+#pragma unroll
+  for (int q = 0; q < kHalf; ++q) {
+    const float given = upper ? v[q] : v[q + kHalf], kept = upper ? v[q + kHalf] : v[q];
+    v[q] = kept + __shfl_xor_sync(0xffffffffu, given, kHalf);
+  }
+}
+
+// Lane i gets the sum over all lanes of v[i % 16].
+__device__ __forceinline__ float sum_and_scatter(float (&v)[16], int lane) {
+  halve<8>(v, lane), halve<4>(v, lane), halve<2>(v, lane), halve<1>(v, lane);
+  return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
+}
+
 // Starts a copy of one float to shared memory, which wait_for_copies() waits for.
 __device__ __forceinline__ void start_copy(float* to, const float* from) {
 #if __CUDA_ARCH__ >= 800

@@ -13,35 +13,6 @@
 namespace mobilemamba {
 namespace {
 
-template <class T>
-__device__ __forceinline__ float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  if constexpr (!std::is_same_v<T, float>) {
-    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-  }
-#endif
-  return 1.0f / x;
-}
-
-// Of v[0] to v[2 · kHalf - 1] lanes whose number has the bit kHalf keep the upper half, added up with their
-// neighbour's.
-template <int kHalf>
-__device__ __forceinline__ void halve(float* v, int lane) {
-  const bool upper = lane & kHalf;
-#pragma unroll
-  for (int q = 0; q < kHalf; ++q) {
-    const float given = upper ? v[q] : v[q + kHalf], kept = upper ? v[q + kHalf] : v[q];
-    v[q] = kept + __shfl_xor_sync(0xffffffffu, given, kHalf);
-  }
-}
-
-// Lane i gets the sum over all lanes of v[i % 16].
-__device__ __forceinline__ float sum_and_scatter(float (&v)[16], int lane) {
-  halve<8>(v, lane), halve<4>(v, lane), halve<2>(v, lane), halve<1>(v, lane);
-  return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
-}
-
 // Δ and the decay from the raw step times log2 e; `slope` is d softplus / d raw.
 template <class T, bool kSoftplus>
 __device__ __forceinline__ void step_of(float raw, float rate, float& dt, float& decay, float& slope) {
@@ -50,7 +21,7 @@ __device__ __forceinline__ void step_of(float raw, float rate, float& dt, float&
   if (kSoftplus) {
     const float power = power_of_two<T>(raw);
     t = softplus_of_two<T>(raw, power);
-    slope = raw > 20.0f * kLog2E ? 1.0f : power * reciprocal<T>(1.0f + power);
+    slope = slope_of_two<T>(raw, power);
   }
   decay = power_of_two<T>(t * rate);
   dt = t * kLn2;

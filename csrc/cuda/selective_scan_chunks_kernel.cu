@@ -116,7 +116,10 @@ cudaError_t selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t
     return p.backward ? launch(fold_kernel<one_state, projected, true>, p, items, block_of(p), floats, stream)
                       : launch(fold_kernel<one_state, projected, false>, p, items, block_of(p), floats, stream);
   });
-  if (error != cudaSuccess) return error;
+  return error == cudaSuccess ? join_selective_scan_chunks(p, stream) : error;
+}
+
+cudaError_t join_selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t stream) {
   return launch(join_kernel, p, ceil_div(p.batch * p.directions * p.state * p.dim, 256), 256, 0, stream);
 }
 

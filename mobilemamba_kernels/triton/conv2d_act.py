@@ -88,7 +88,7 @@ def _few_channels_kernel(
     x += tl.trans(batch) * x_batch + top * x_row + left * x_column
     weight += o * w_output
     total = tl.zeros([POSITIONS, OUTPUTS], tl.float32)
-    for begin in tl.static_range(0, K * K * channels, DEPTH):
+    for begin in range(0, K * K * channels, DEPTH):
         place = begin + tl.arange(0, DEPTH)[:, None]
         exists = place < K * K * channels
         c, i, j = place % channels, place // channels // K, place // channels % K
@@ -118,8 +118,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     depth = k * k * channels if few else channels
     most = 256 if channels <= 32 else 128
     positions, across, depth, options = product_tile(count, outputs, depth, multiplied, vector, most)
-    if few:
-        positions, depth, options = 128 if blocks(count, 128) >= BUSY else 32, min(depth, 32), {"num_warps": 4}
+    if few and multiplied != torch.float32:
+        positions, options = 128 if blocks(count, 128) >= BUSY else 32, {"num_warps": 4}
+        depth = min(depth, 32)
     multiply_type, precision = multiplication(multiplied)
     launch(
         _few_channels_kernel if few else _kernel, blocks(count, positions) * blocks(outputs, across),
@@ -132,12 +133,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
 
 
 def configurations() -> Iterator[Configuration]:
-    """The convolutions of S6's stem, with weights of the maps' dtype and of float32."""
-    for channels, outputs, size in ((3, 24, 224), (24, 48, 112), (48, 96, 56), (96, 192, 28)):
+    """The convolutions of S6's stem, and others of images, with weights of the maps' dtype and of float32."""
+    stem = ((3, 24, 224, 3, 1), (24, 48, 112, 3, 1), (48, 96, 56, 3, 1), (96, 192, 28, 3, 1))
+    for channels, outputs, size, k, padding in (*stem, (3, 64, 224, 7, 3), (3, 64, 224, 3, 0)):
         for batch in (1, 256):
             for name, x in every_map(batch, channels, size, size):
                 for dtype in {x.dtype, torch.float32}:
-                    weight = torch.empty(outputs, channels, 3, 3, dtype=dtype, device="meta")
+                    weight = torch.empty(outputs, channels, k, k, dtype=dtype, device="meta")
                     bias = torch.empty(outputs, device="meta")
-                    title = f"conv2d_act-{name}-to{outputs}-{str(dtype).removeprefix('torch.')}"
-                    yield from record(title, forward, x, weight, bias, 2, 1, "relu")
+                    title = f"conv2d_act-{name}-to{outputs}-k{k}-p{padding}-{str(dtype).removeprefix('torch.')}"
+                    yield from record(title, forward, x, weight, bias, 2, padding, "relu")

@@ -119,7 +119,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     most = 256 if channels <= 32 else 128
     positions, across, depth, options = product_tile(count, outputs, depth, multiplied, vector, most)
     if few and multiplied != torch.float32:
-        positions, options = 128 if blocks(count, 128) >= BUSY else 32, {"num_warps": 4}
+        large = min(128, 4096 // across)  # more sums would not fit beside the addresses
+        positions, options = large if blocks(count, large) >= BUSY else 32, {"num_warps": 4}
         depth = min(depth, 32)
     multiply_type, precision = multiplication(multiplied)
     launch(

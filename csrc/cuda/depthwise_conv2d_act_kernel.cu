@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kK == 3   ? 3
 }
 
 // Any filter: an output at a time, and the filter from the caches.
-__global__ void __launch_bounds__(kThreads) any_filter_kernel(Plan p) {
+__global__ void __launch_bounds__(kThreads, 2) any_filter_kernel(Plan p) {
   for (int64_t item = blockIdx.x; item < p.items(); item += gridDim.x) {
     const Place at(p, item, channels_inside(p));
     if (!at.inside) continue;

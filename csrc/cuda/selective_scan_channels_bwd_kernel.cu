@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(kDirections* kWarp)
   read_all_coefficients<kDirections>(coefficients, p, batch, group, 1.0f);
   const float2* coefficient = coefficients + k * length;
   const float2 A = read_pair(p.A, k, channel), skip = read_pair(p.D, k, channel);
-  const bool skips = static_cast<bool>(p.D);  // 0 · infinity is NaN
   float2 bias = read_pair(p.delta_bias, k, channel);
   bias = {kLog2E * bias.x, kLog2E * bias.y};
   __syncthreads();
@@ -137,11 +136,12 @@ __global__ void __launch_bounds__(kDirections* kWarp)
                                     float skip, float& g, float& dA, float& dskip, float& dbias) {
           g += bc.y * dy;
           const float drive = dt * u, gh = g * before, gb = g * bc.x;
-          if (inside) sums[j] += g * drive, sums[kAhead + j] += dy * (before + drive * bc.x);
+          sums[j] += g * drive;
+          sums[kAhead + j] += dy * (before + drive * bc.x);
           dA += gh * dt, dskip += dy * u;
           const float draw = (gh * A + gb * u) * slope;
           dbias += draw;
-          dy = skips ? gb * dt + skip * dy : gb * dt;
+          dy = p.D ? gb * dt + skip * dy : gb * dt;  // 0 · infinity is NaN
           g *= decay;
           return draw;
         };
@@ -153,6 +153,9 @@ __global__ void __launch_bounds__(kDirections* kWarp)
         x[j] = draw;
       }
     }
+    if (!inside)
+#pragma unroll
+      for (float& sum : sums) sum = 0.0f;
     const float sum = sum_and_scatter(sums, lane);
     const int j = lane % kAhead;
     if (lane < 2 * kAhead && j < count)

@@ -321,7 +321,10 @@ def check_non_finite_values(case: Case, layout: str, device: str = "cpu") -> Non
     [
         c
         for c in SMALL
-        if "selective_scan" in c.op and c.arguments["A"].shape[-1] == 1 and not c.options.get("return_last_state")
+        if "selective_scan" in c.op
+        and c.arguments["A"].shape[-1] == 1
+        and 0 not in c.arguments["u"].shape
+        and not c.options.get("return_last_state")
     ],
     ids=str,
 )
@@ -329,8 +332,6 @@ def check_non_finite_values(case: Case, layout: str, device: str = "cpu") -> Non
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_gradients_of_an_infinite_element(case, where, layout, instruction_set):
     """Of the last channel: others, and lanes beside it, are as without."""
-    if 0 in case.arguments["u"].shape:
-        return
     arguments = case.make(layout=layout)
     factor = torch.ones(arguments["u"].shape[-2:])
     changed = arguments["u"][0] if where == "u" else factor

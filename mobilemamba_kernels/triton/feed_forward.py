@@ -125,7 +125,7 @@ def _tile(chunks: int, device: torch.device) -> tuple[int, int]:
 
 
 def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
-    """Whether one kernel can hold what it needs, and there is work for many programs.
+    """Whether one kernel is wanted and can hold what it needs, and there is work for many programs.
 
     What is not read in whole vectors takes a register for each address.
     """

@@ -60,6 +60,21 @@ __device__ __forceinline__ void write(const Elements& to, int64_t stride, const 
   });
 }
 
+// Calls put(state, position, value) with B or C of a tile whose first position is at `from`, zeros behind `count` of
+// them; a thread has its neighbours' neighbours in memory.
+template <int kStates, class Put>
+__device__ __forceinline__ void read_coefficients(const ScanTensor& t, const Elements& from, int count, Put put) {
+  const int thread = threadIdx.y * kWarp + threadIdx.x, threads = blockDim.y * kWarp;
+  const bool along = t.position < t.state || kStates == 1;
+  visit(from, [&](const auto* p) {
+#pragma unroll 4
+    for (int i = thread; i < kStates * kTilePositions; i += threads) {
+      const int n = along ? i / kTilePositions : i % kStates, l = along ? i % kTilePositions : i / kStates;
+      put(n, l, l < count ? to_float(p[n * t.state + l * t.position]) : 0.0f);
+    }
+  });
+}
+
 // Where a thread is.
 struct StatesPlace {
   int64_t batch, group, slice, chunk, channel;

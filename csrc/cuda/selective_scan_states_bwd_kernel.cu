@@ -39,19 +39,6 @@ struct Memory {
   }
 };
 
-// B or C of a chunk, zeros behind it.
-__device__ __forceinline__ void read_rows(float* rows, const ScanTensor& t, const Elements& from, int count) {
-  const int thread = threadIdx.y * kWarp + threadIdx.x, threads = blockDim.y * kWarp;
-  const bool along = t.position < t.state;
-  visit(from, [&](const auto* p) {
-#pragma unroll 4
-    for (int i = thread; i < kManyStates * kTilePositions; i += threads) {
-      const int n = along ? i / kTilePositions : i % kManyStates, l = along ? i % kTilePositions : i / kManyStates;
-      rows[n * kTilePositions + l] = l < count ? to_float(p[n * t.state + l * t.position]) : 0.0f;
-    }
-  });
-}
-
 __device__ __forceinline__ void load_eight(float (&to)[kAhead], const float* from) {
 #pragma unroll
   for (int i = 0; i < kAhead; i += 4) {
@@ -67,8 +54,12 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 3)
   const int64_t B_group = x.group / p.B_group, C_group = x.group / p.C_group, fold = x.fold(p);
   const int lane = threadIdx.x, thread = threadIdx.y * kWarp + lane, groups = (x.positions + kAhead - 1) / kAhead;
   const Memory memory;
-  read_rows(memory.B, p.B, p.B.at(x.batch, 0, B_group, 0, x.begin), x.positions);
-  read_rows(memory.C, p.C, p.C.at(x.batch, 0, C_group, 0, x.begin), x.positions);
+  const auto read_rows = [&](float* rows, const ScanTensor& t, int64_t group) {
+    read_coefficients<kManyStates>(t, t.at(x.batch, 0, group, 0, x.begin), x.positions,
+                                   [&](int n, int l, float value) { rows[n * kTilePositions + l] = value; });
+  };
+  read_rows(memory.B, p.B, B_group);
+  read_rows(memory.C, p.C, C_group);
 #pragma unroll 1
   for (int n = 0; n < kManyStates; ++n) {
     const int at = n * memory.threads;

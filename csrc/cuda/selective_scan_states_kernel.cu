@@ -18,21 +18,6 @@ namespace {
 template <int kStates>
 constexpr int kRow = kStates == 1 ? 2 : 2 * kStates + 4;
 
-// Reads B or C of `count` positions from `from` on into every row, each thread where its neighbours in memory are.
-template <int kStates>
-__device__ __forceinline__ void read_coefficients(float* rows, const ScanTensor& t, const Elements& from, int count,
-                                                  float scale) {
-  const int thread = threadIdx.y * kWarp + threadIdx.x, threads = blockDim.y * kWarp;
-  const bool along = t.position < t.state || kStates == 1;
-  visit(from, [&](const auto* p) {
-#pragma unroll 4
-    for (int i = thread; i < kStates * kTilePositions; i += threads) {
-      const int n = along ? i / kTilePositions : i % kStates, l = along ? i % kTilePositions : i / kStates;
-      if (l < count) rows[l * kRow<kStates> + n] = scale * to_float(p[n * t.state + l * t.position]);
-    }
-  });
-}
-
 // What the states of a position are multiplied with: four at a time where there are so many.
 template <int kStates>
 __device__ __forceinline__ void load_row(float (&to)[kStates], const float* from) {
@@ -76,8 +61,12 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kStates == 1 ? 4 : 3)
   for (int tile = 0; tile < x.positions; tile += kTilePositions) {
     const int of_tile = x.positions - tile < kTilePositions ? x.positions - tile : kTilePositions;
     __syncthreads();
-    read_coefficients<kStates>(shared_memory, p.B, B + tile * p.B.position, of_tile, kLn2);
-    if (kReadsC) read_coefficients<kStates>(shared_memory + kStates, p.C, C + tile * p.C.position, of_tile, 1.0f);
+    read_coefficients<kStates>(p.B, B + tile * p.B.position, of_tile,
+                               [](int n, int l, float value) { shared_memory[l * kRow<kStates> + n] = value * kLn2; });
+    if (kReadsC)
+      read_coefficients<kStates>(p.C, C + tile * p.C.position, of_tile, [](int n, int l, float value) {
+        shared_memory[l * kRow<kStates> + kStates + n] = value;
+      });
     __syncthreads();
 #pragma unroll 1
     for (int l = 0; l < of_tile; l += kAhead) {

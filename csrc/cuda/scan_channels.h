@@ -80,6 +80,42 @@ __device__ __forceinline__ float sum_and_scatter(float (&v)[16], int lane) {
   return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
 }
 
+// What one direction leaves of a sum for the other, in shared memory: (length, lanes) of two channels. Of what becomes
+// 16 bits the last eight bits of a float are left out: the room that it takes decides how many blocks a multiprocessor
+// has.
+template <class T>
+struct LeftSums {
+  uint32_t* upper;  // halves of both floats
+  uint16_t* lower;  // bytes of both
+
+  __device__ LeftSums(float* memory, int64_t length, int lane)
+      : upper(reinterpret_cast<uint32_t*>(memory) + lane),
+        lower(reinterpret_cast<uint16_t*>(memory + length * kWarp) + lane) {}
+  __device__ __forceinline__ void put(int position, float2 sum) const {
+    uint32_t bits[2];
+    memcpy(bits, &sum, sizeof sum);
+    upper[position * kWarp] = bits[0] >> 16 | (bits[1] & 0xffff0000u);
+    lower[position * kWarp] = static_cast<uint16_t>((bits[0] >> 8 & 0xffu) | (bits[1] & 0xff00u));
+  }
+  __device__ __forceinline__ float2 get(int position) const {
+    const uint32_t halves = upper[position * kWarp], bytes = lower[position * kWarp];
+    const uint32_t bits[2] = {halves << 16 | (bytes & 0xffu) << 8, (halves & 0xffff0000u) | (bytes & 0xff00u)};
+    float2 sum;
+    memcpy(&sum, bits, sizeof sum);
+    return sum;
+  }
+};
+template <>
+struct LeftSums<float> {
+  float2* sums;
+
+  __device__ LeftSums(float* memory, int64_t, int lane) : sums(reinterpret_cast<float2*>(memory) + lane) {}
+  __device__ __forceinline__ void put(int position, float2 sum) const { sums[position * kWarp] = sum; }
+  __device__ __forceinline__ float2 get(int position) const { return sums[position * kWarp]; }
+};
+// Floats of a position.
+inline int64_t left_floats(DType dtype) { return dtype == DType::kFloat32 ? kChannels : kChannels * 3 / 4; }
+
 // Starts a copy of one float to shared memory, which wait_for_copies() waits for.
 __device__ __forceinline__ void start_copy(float* to, const float* from) {
 #if __CUDA_ARCH__ >= 800

@@ -41,6 +41,17 @@ __device__ __forceinline__ void read_ahead(float (&v)[kAhead], const Elements& f
   });
 }
 
+// Asks for kAhead positions of a channel, from `from` on.
+__device__ __forceinline__ void prefetch_ahead(const Elements& from, int64_t stride) {
+  const int64_t step = stride * element_size(from.dtype);
+  if (stride == 1) {
+    prefetch(from.data);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) prefetch(static_cast<const char*>(from.data) + j * step);
+  }
+}
+
 __device__ __forceinline__ void write(const Elements& to, int64_t stride, const float (&v)[kAhead], int count) {
   visit(to, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
@@ -77,13 +88,15 @@ __device__ __forceinline__ void read_coefficients(const ScanTensor& t, const Ele
 
 // Where a thread is.
 struct StatesPlace {
-  int64_t batch, group, slice, chunk, channel;
+  int64_t batch, group, slice, k, chunk, channel;
   bool inside;    // of the group; the threads outside compute its last channel too
   int64_t begin;  // the chunk's first position
   int positions;  // of the chunk
 
-  __device__ StatesPlace(const SelectiveScanCudaParams& p, int64_t item) {
+  // directions: 1 where a block has all of them, else each is an item.
+  __device__ StatesPlace(const SelectiveScanCudaParams& p, int64_t item, int64_t directions) {
     chunk = item % p.chunks, item /= p.chunks;
+    k = item % directions, item /= directions;
     slice = item % p.slices, item /= p.slices;
     group = item % p.groups, batch = item / p.groups;
     const int64_t per_group = p.dim / p.groups, own = (slice * blockDim.y + threadIdx.y) * kWarp + threadIdx.x;
@@ -93,8 +106,8 @@ struct StatesPlace {
     positions = static_cast<int>(p.length - begin < p.segment ? p.length - begin : p.segment);
   }
   // Of chunk_decay and its like; a state further is `dim` further.
-  __device__ int64_t fold(const SelectiveScanCudaParams& p) const {
-    return (batch * p.chunks + chunk) * p.state * p.dim + channel;
+  __device__ int64_t fold(const SelectiveScanCudaParams& p, int64_t direction) const {
+    return ((batch * p.directions + direction) * p.chunks + chunk) * p.state * p.dim + channel;
   }
 };
 

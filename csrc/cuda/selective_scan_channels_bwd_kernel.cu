@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kDirections* kWarp)
   const int most_groups = (length + kAhead - 1) / kAhead + 1;
   float2* coefficients = reinterpret_cast<float2*>(shared_memory);  // (directions, length) of B and C
   float2* states = coefficients + kDirections * length + k * most_groups * kWarp + lane;  // (directions, groups, lanes)
-  float2* left = coefficients + kDirections * (length + most_groups * kWarp) + lane;      // (length, lanes)
+  const LeftSums<T> left(reinterpret_cast<float*>(coefficients + kDirections * (length + most_groups * kWarp)), length,
+                         lane);
   read_all_coefficients<kDirections>(coefficients, p, batch, group, 1.0f);
   const float2* coefficient = coefficients + k * length;
   const float2 A = read_pair(p.A, k, channel), skip = read_pair(p.D, k, channel);
@@ -163,16 +164,18 @@ __global__ void __launch_bounds__(kDirections* kWarp)
     Walk<T> to_u = du, to_delta = ddelta;
     to_u.advance(begin), to_delta.advance(begin);
     const bool leaves = q >= low_groups;
-    float2* leave = left + (k ? begin : begin - middle) * kWarp;
-    const float2* find = left + ((k ? middle : length) - 1 - begin) * kWarp;
+    const int leave = k ? begin : begin - middle, find = (k ? middle : length) - 1 - begin;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
       if (kWhole || i < count) {
         if (inside) to_delta[i] = TwoChannels<T>::of(x[i]);
         if (leaves) {
-          leave[i * kWarp] = grad[i];
+          left.put(leave + i, grad[i]);
         } else {
-          if (shared_u) grad[i].x += find[-i * kWarp].x, grad[i].y += find[-i * kWarp].y;
+          if (shared_u) {
+            const float2 other = left.get(find - i);
+            grad[i].x += other.x, grad[i].y += other.y;
+          }
           if (inside) to_u[i] = TwoChannels<T>::of(grad[i]);
         }
       }
@@ -196,7 +199,8 @@ __global__ void __launch_bounds__(kDirections* kWarp)
 
 int64_t backward_floats(const SelectiveScanCudaParams& p) {
   const int64_t most_groups = ceil_div(p.length, kAhead) + 1;
-  return p.directions * (2 * p.length + most_groups * kChannels) + (shares_u(p) ? p.length * kChannels : 0);
+  return p.directions * (2 * p.length + most_groups * kChannels) +
+         (shares_u(p) ? p.length * left_floats(p.u.elements.dtype) : 0);
 }
 
 template <class T>

@@ -3,20 +3,26 @@
 //
 // A block has 64 channels of a group, a warp for each direction. B, C and, projected, the rows of Δ lie in shared
 // memory, where all lanes read the same; what is read a channel comes in pairs, kAhead positions before it is used. Two
-// directions meet in the middle: until then each leaves what it adds to y in shared memory, from there on it finds the
-// other's there, adds it and writes the result. Bytes: u once and once more from the L2 cache, delta, z and y once.
-// Bound by the special-function units: three operations an element and direction.
+// directions meet in the middle: until then each leaves what it adds to y, from there on it finds the other's, adds it
+// and writes the result. It leaves it in y itself where that is float32, else in shared memory, without the last eight
+// bits: how many blocks a multiprocessor has room for decides how fast this is. Bytes: u once and once more from the L2
+// cache, delta, z and y once. Bound by the special-function units: three operations an element and direction.
 #include "cuda/launchers.h"
 #include "cuda/scan_channels.h"
 
 namespace mobilemamba {
 namespace {
 
+// Blocks that registers leave room for on a multiprocessor, as far as nothing spills.
+template <class T, int kRank>
+constexpr int kBlocks = kRank == 0 || sizeof(T) != 2 || (kRank > 12 && std::is_same_v<T, __half>) ? 1 : 6;
+
 // T: of u, delta and z. kRank: 0, or what Δ's rank is filled up to with zeros.
 template <class T, class TOut, int kRank, int kDirections, bool kSoftplus>
-__global__ void __launch_bounds__(kDirections* kWarp, 1)
+__global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank>)
     channels_kernel(SelectiveScanCudaParams p, int64_t first_item) {
   constexpr int kThreads = kDirections * kWarp;
+  constexpr bool kLeavesInOut = std::is_same_v<TOut, float>;
   const int64_t item = first_item + blockIdx.x, per_group = p.dim / p.groups;
   const int64_t slice = item % p.slices, group = item / p.slices % p.groups, batch = item / p.slices / p.groups;
   const int lane = threadIdx.x, k = kDirections == 2 ? threadIdx.y : 0, thread = k * kWarp + lane;
@@ -28,7 +34,7 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
   // In shared memory, positions in the order of the direction.
   float2* coefficients = reinterpret_cast<float2*>(shared_memory);  // (directions, length) of B ln 2 and C
   float* low = shared_memory + kDirections * 2 * length;            // (directions, length, kRank)
-  float* left = low + kDirections * kRank * length;                 // (length, kChannels) of y
+  const LeftSums<TOut> left(low + kDirections * kRank * length, length, lane);
   const int middle = kDirections == 2 ? (k ? length / 2 : length - length / 2) : 0;
   read_all_coefficients<kDirections>(coefficients, p, batch, group, kLn2);
 #pragma unroll
@@ -66,8 +72,7 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
   Walk<TOut> out(p.out, batch, 0, channel, length, k);
   const float2* coefficient = coefficients + k * length;
   const float* row = low + k * length * kRank;
-  float2* leave = reinterpret_cast<float2*>(left + (k ? length - length / 2 : 0) * kChannels) + lane;
-  const float2* find = reinterpret_cast<float2*>(left + (k ? length - middle - 1 : length - 1) * kChannels) + lane;
+  int leave = k ? length - length / 2 : 0, find = k ? length - middle - 1 : length - 1;
 
   TwoChannels<T> next_u[kAhead], next_delta[kAhead], next_z[kAhead];
   const auto read_ahead = [&](int count, bool gated) {
@@ -90,6 +95,8 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
       if (kLast) gate[j] = next_z[j].floats();
     }
     read_ahead(count_ahead, gated_ahead);
+    [[maybe_unused]] TwoChannels<TOut> found[kAhead];
+    if constexpr (kDirections == 2 && kLast && kLeavesInOut) each(count, [&](int j) { found[j] = out[j]; });
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
       if (kWhole || j < count) {
@@ -114,11 +121,11 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
         float2 y{bc.y * h.x, bc.y * h.y};
         if (skips) y.x += skip.x * x[j].x, y.y += skip.y * x[j].y;
         x[j] = y;
-        if constexpr (!kLast) {
-          leave[j * kWarp] = x[j];
-        } else if constexpr (kDirections == 2) {
-          const float2 found = find[-j * kWarp];
-          x[j].x += found.x, x[j].y += found.y;
+        if constexpr (kDirections == 2 && kLast) {
+          const float2 other = kLeavesInOut ? found[j].floats() : left.get(find - j);
+          x[j].x += other.x, x[j].y += other.y;
+        } else if constexpr (!kLast && !kLeavesInOut) {
+          left.put(leave + j, x[j]);
         }
       }
     if constexpr (kLast) {
@@ -126,14 +133,14 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) x[j].x *= silu(gate[j].x), x[j].y *= silu(gate[j].y);
       }
-      if (inside) {
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j)
-          if (kWhole || j < count) out[j] = TwoChannels<TOut>::of(x[j]);
-      }
     }
-    out.advance(count), coefficient += count, row += count * kRank, leave += count * kWarp;
-    if constexpr (kLast) find -= count * kWarp;
+    if ((kLast || kLeavesInOut) && inside) {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (kWhole || j < count) out[j] = TwoChannels<TOut>::of(x[j]);
+    }
+    out.advance(count), coefficient += count, row += count * kRank, leave += count;
+    if constexpr (kLast) find -= count;
   };
   const auto count_at = [&](int i) {
     const int rest = (i < middle ? middle : length) - i;
@@ -167,7 +174,9 @@ __global__ void __launch_bounds__(kDirections* kWarp, 1)
 int rank_of(const SelectiveScanCudaParams& p) { return p.rank <= 12 ? 12 : p.rank <= 20 ? 20 : 0; }
 
 int64_t floats_of(const SelectiveScanCudaParams& p) {
-  const int64_t low = p.projected ? rank_of(p) : 0, waiting = p.directions == 2 ? kChannels : 0;
+  const int64_t low = p.projected ? rank_of(p) : 0;
+  const int64_t waiting =
+      p.directions == 2 && p.out.elements.dtype != DType::kFloat32 ? left_floats(p.out.elements.dtype) : 0;
   return (p.directions * (2 + low) + waiting) * p.length;
 }
 

@@ -72,18 +72,29 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) fold_kernel(SelectiveSca
   if (p.directions == 2) direction(std::integral_constant<int, 1>{});
 }
 
+constexpr int kJoinThreads = 64;
+constexpr int kTogether = 8;  // values that are read before the first is used
+
 // Joins the folds of the chunks: of a sequence of (decay, own) what enters each. A thread has one state of one channel.
-__global__ void __launch_bounds__(256) join_kernel(SelectiveScanCudaParams p) {
+__global__ void __launch_bounds__(kJoinThreads) join_kernel(SelectiveScanCudaParams p) {
   const int64_t inner = p.state * p.dim, threads = p.batch * p.directions * inner;
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   for (int64_t t = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; t < threads; t += stride) {
     const int64_t outer = t / inner, k = outer % p.directions, start = outer * p.chunks * inner + t % inner;
     const auto join = [&](float* values, bool reverse, float entering) {
-      for (int64_t i = 0; i < p.chunks; ++i) {
-        const int64_t index = start + (reverse ? p.chunks - 1 - i : i) * inner;
-        const float own = values[index];
-        values[index] = entering;
-        entering = through(p.chunk_decay[index], entering, own);
+      const int64_t step = reverse ? -inner : inner, first = start + (reverse ? p.chunks - 1 : 0) * inner;
+      for (int64_t i = 0; i < p.chunks; i += kTogether) {
+        float own[kTogether], decay[kTogether];
+#pragma unroll
+        for (int q = 0; q < kTogether; ++q)
+          if (i + q < p.chunks)
+            own[q] = values[first + (i + q) * step], decay[q] = p.chunk_decay[first + (i + q) * step];
+#pragma unroll
+        for (int q = 0; q < kTogether; ++q)
+          if (i + q < p.chunks) {
+            values[first + (i + q) * step] = entering;
+            entering = through(decay[q], entering, own[q]);
+          }
       }
     };
     join(p.chunk_state, k == 1, 0.0f);
@@ -94,18 +105,35 @@ __global__ void __launch_bounds__(256) join_kernel(SelectiveScanCudaParams p) {
   }
 }
 
-__global__ void __launch_bounds__(256) sums_kernel(PartialSumsParams p) {
-  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  for (int s = 0; s < p.count; ++s) {
-    const PartialSum& sum = p.sums[s];
-    for (int64_t t = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; t < sum.outer * sum.inner; t += stride) {
-      const float* from = sum.from + t / sum.inner * sum.middle * sum.inner + t % sum.inner;
-      float total = 0.0f;
-#pragma unroll 4
-      for (int64_t m = 0; m < sum.middle; ++m) total += from[m * sum.inner];
-      sum.to[t] = total;
+constexpr int kSumWarps = 8;
+
+ANYWHERE int64_t sum_groups(const PartialSum& sum) { return ceil_div(sum.outer * sum.inner, kWarp); }
+
+// A block has 32 results, a warp every eighth of their terms.
+__global__ void __launch_bounds__(kSumWarps* kWarp) sums_kernel(PartialSumsParams p, int64_t first_item) {
+  int64_t group = first_item + blockIdx.x;
+  int s = 0;
+  while (group >= sum_groups(p.sums[s])) group -= sum_groups(p.sums[s++]);
+  const PartialSum& sum = p.sums[s];
+  const int64_t t = group * kWarp + threadIdx.x;
+  const bool exists = t < sum.outer * sum.inner;
+  const float* from = sum.from + (exists ? t / sum.inner * sum.middle * sum.inner + t % sum.inner : 0);
+  float total = 0.0f;
+  for (int64_t m = threadIdx.y; m < sum.middle; m += kSumWarps * kTogether) {
+    float terms[kTogether];
+#pragma unroll
+    for (int q = 0; q < kTogether; ++q) {
+      const int64_t i = m + q * kSumWarps;
+      terms[q] = i < sum.middle ? from[i * sum.inner] : 0.0f;
     }
+#pragma unroll
+    for (int q = 0; q < kTogether; ++q) total += terms[q];
   }
+  shared_memory[threadIdx.y * kWarp + threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.y != 0 || !exists) return;
+  for (int w = 1; w < kSumWarps; ++w) total += shared_memory[w * kWarp + threadIdx.x];
+  sum.to[t] = total;
 }
 
 }  // namespace
@@ -120,14 +148,14 @@ cudaError_t selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t
 }
 
 cudaError_t join_selective_scan_chunks(const SelectiveScanCudaParams& p, cudaStream_t stream) {
-  return launch(join_kernel, p, ceil_div(p.batch * p.directions * p.state * p.dim, 256), 256, 0, stream);
+  const int64_t threads = p.batch * p.directions * p.state * p.dim;
+  return launch(join_kernel, p, ceil_div(threads, kJoinThreads), kJoinThreads, 0, stream);
 }
 
 cudaError_t partial_sums(const PartialSumsParams& p, cudaStream_t stream) {
-  int64_t most = 1;
-  for (int s = 0; s < p.count; ++s)
-    if (p.sums[s].outer * p.sums[s].inner > most) most = p.sums[s].outer * p.sums[s].inner;
-  return launch(sums_kernel, p, ceil_div(most, 256), 256, 0, stream);
+  int64_t groups = 0;
+  for (int s = 0; s < p.count; ++s) groups += sum_groups(p.sums[s]);
+  return launch(sums_kernel, p, groups, dim3(kWarp, kSumWarps), kSumWarps * kWarp, stream);
 }
 
 }  // namespace mobilemamba

@@ -50,8 +50,8 @@ __device__ __forceinline__ void load_eight(float (&to)[kAhead], const float* fro
 template <class T>
 __global__ void __launch_bounds__(kBlockWarps* kWarp, 3)
     backward_kernel(SelectiveScanCudaParams p, int64_t first_item) {
-  const StatesPlace x(p, first_item + blockIdx.x);
-  const int64_t B_group = x.group / p.B_group, C_group = x.group / p.C_group, fold = x.fold(p);
+  const StatesPlace x(p, first_item + blockIdx.x, 1);
+  const int64_t B_group = x.group / p.B_group, C_group = x.group / p.C_group, fold = x.fold(p, 0);
   const int lane = threadIdx.x, thread = threadIdx.y * kWarp + lane, groups = (x.positions + kAhead - 1) / kAhead;
   const Memory memory;
   const auto read_rows = [&](float* rows, const ScanTensor& t, int64_t group) {

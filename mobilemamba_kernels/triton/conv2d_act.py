@@ -37,7 +37,7 @@ _FEW_CHANNELS = 15  # of which a tap alone is no depth for tensor cores
 
 @triton.jit
 def _kernel(
-    x, weight, bias, y, channels, outputs, height, width, out_height, out_width, count, stride, padding,
+    x, weight, bias, y, channels: tl.constexpr, outputs, height, width, out_height, out_width, count, stride, padding,
     x_batch, x_channel, x_row, x_column,
     w_output, w_depth, bias_output,
     y_batch, y_output, y_row, y_column,
@@ -45,7 +45,7 @@ def _kernel(
     MULTIPLY: tl.constexpr, PRECISION: tl.constexpr, VECTOR: tl.constexpr,
     POSITIONS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    channels, outputs = channels // VECTOR * VECTOR, outputs // VECTOR * VECTOR
+    outputs = outputs // VECTOR * VECTOR
     m, o = tile(outputs, POSITIONS, OUTPUTS, INDEX)
     held, wanted = m < count, o < outputs
     column, row, batch = m % out_width, m // out_width % out_height, m // out_width // out_height
@@ -54,16 +54,16 @@ def _kernel(
     weight += tl.multiple_of(o * w_output, (VECTOR, VECTOR))
     total = tl.zeros([POSITIONS, OUTPUTS], tl.float32)
     lanes = tl.arange(0, DEPTH)[None, :]
-    for step in range(K * K * tl.cdiv(channels, DEPTH)):
-        tap = step // tl.cdiv(channels, DEPTH)
-        c = step % tl.cdiv(channels, DEPTH) * DEPTH + lanes
-        exists = c < channels
+    for begin in range(0, K * K * channels, DEPTH):
+        place = begin + lanes
+        exists = place < K * K * channels
+        tap, c = place // channels, place % channels
         i, j = tap // K, tap % K
-        inside = held & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+        inside = held & exists & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
         zero = tl.zeros([1, 1], INDEX)
         offsets = tl.multiple_of(first + (i + zero) * x_row + (j + zero) * x_column, (VECTOR, VECTOR))
-        pixels = tl.load(x + offsets + c * x_channel, inside & exists, 0.0)
-        filters = tl.load(weight + tl.trans(tap * channels + c) * w_depth, wanted & tl.trans(exists), 0.0)
+        pixels = tl.load(x + offsets + c * x_channel, inside, 0.0)
+        filters = tl.load(weight + tl.trans(place) * w_depth, wanted & tl.trans(exists), 0.0)
         total = product(pixels.to(MULTIPLY), filters.to(MULTIPLY), total, PRECISION)
     total = finished(total, bias, bias_output, o, wanted, ACTIVATION)
     y = at_positions(y, batch, row, column, y_batch, y_row, y_column, VECTOR)
@@ -115,9 +115,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     few = channels <= _FEW_CHANNELS
     multiplied = multiplied_as(x.dtype, weight)
     vector = vector_of((), y, outputs) if few else vector_of((x, y), matrix, channels, outputs)
-    depth = k * k * channels if few else channels
     most = 256 if channels <= 32 else 128
-    positions, across, depth, options = product_tile(count, outputs, depth, multiplied, vector, most)
+    positions, across, depth, options = product_tile(count, outputs, k * k * channels, multiplied, vector, most)
     if few and multiplied != torch.float32:
         large = min(128, 4096 // across)  # more sums would not fit beside the addresses
         positions, options = large if blocks(count, large) >= BUSY else 32, {"num_warps": 4}

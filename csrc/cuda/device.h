@@ -95,6 +95,17 @@ struct SmallDivisor {
   __device__ __forceinline__ unsigned quotient(unsigned i) const { return i * reciprocal >> kShift; }
 };
 
+// Divides numbers i for which (i + 1) * divisor <= 2^32.
+struct Divisor {
+  uint32_t reciprocal = UINT32_MAX;  // rounded down
+
+  Divisor() = default;
+  ANYWHERE explicit Divisor(int64_t d) : reciprocal(static_cast<uint32_t>(UINT32_MAX / d)) {}
+  __device__ __forceinline__ int quotient(int i) const {
+    return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(i)) * reciprocal + reciprocal) >> 32);
+  }
+};
+
 // Whether kernels may take a map two channels at a time, with 32-bit offsets within an image. The one row or column of
 // a map has any stride.
 inline bool channels_are_pairs(const Map& map, int64_t channels, int64_t rows, int64_t columns) {

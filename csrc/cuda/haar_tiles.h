@@ -1,11 +1,11 @@
 // haar_dwt2d and haar_idwt2d by tiles: some channels of a map, or of a strip of its rows.
 //
-// A lane takes a 2×2 block of 16 bytes of channels (or of two): four loads, four stores, all of 16 bytes, where pixels
-// and bands have their channels inside. A tensor whose channels are outermost and dense goes through shared memory: the
-// channels of a tile of it lie one behind the other there, as in memory, from or to which they move 16 bytes a load and
-// several on their way; lanes then read and write single elements. The slab of a lane's channels is followed by 16
-// bytes where it would be an even number of those, so that neighbours are in different banks. Bytes: the pixels once,
-// the bands once.
+// A thread takes two 2×2 blocks that follow each other, 16 bytes of channels (or two): eight loads and eight stores of
+// 16 bytes where channels are inside, as all of channels-last maps are, bands with the four of a channel side by side.
+// A tensor whose channels are outermost and dense goes through shared memory, where those of a tile lie one behind the
+// other as in memory, from or to which they move 16 bytes a load and four on their way; threads then read and write
+// single elements. 16 bytes are left free behind the channels of a thread where neighbours would else be in the same
+// banks. Bytes: the pixels once, the bands once.
 #pragma once
 
 #include <numeric>
@@ -14,21 +14,20 @@
 
 namespace mobilemamba {
 
-constexpr int kHaarThreads = 256;
+constexpr int kHaarThreads = 128;
 
 // How the pixels or the bands of a tile lie in shared memory: pieces that are one run each in the tensor too.
 struct HaarSlab {
   int length = 0, stride = 0, pitch = 0;  // of a piece, there, and here, in vectors
   int pieces = 0;                         // of the channels of a vector
   int channel = 0;                        // from one to the next in shared memory, in elements
-  int threads = 1, at_once = 1;           // of a piece, and how many of these the block has
-  Divisor by_threads;
+  Divisor by_length;
 
   ANYWHERE int vector() const { return pieces * pitch; }  // from the channels of a vector to the next, in vectors
 };
 
 struct HaarTiles : HaarParams {
-  bool pixels_inside, bands_inside;  // their channels
+  bool pixels_inside, bands_inside;  // their channels, and those with the four bands of each
   int vectors, rows;                 // of a tile; rows and columns are those of bands
   int all_vectors, all_rows, columns;
   int channel_tiles, row_tiles;
@@ -36,120 +35,129 @@ struct HaarTiles : HaarParams {
   HaarSlab pixel_slab, band_slab;
 
   int64_t blocks() const { return batch * channel_tiles * row_tiles; }
-  int64_t threads() const {
-    return ceil_div(share(static_cast<int64_t>(vectors) * rows * columns, kHaarThreads), kWarp) * kWarp;
-  }
   int64_t slab_vectors() const { return static_cast<int64_t>(vectors) * (pixel_slab.vector() + band_slab.vector()); }
 };
 
-// Copies pieces between a tensor and shared memory, of each so many vectors.
+// Copies so many pieces between a tensor and shared memory, of each what the tensor has of it.
 template <bool kFill, class Vector>
 __device__ __forceinline__ void copy(const HaarSlab& slab, Vector* tensor, Vector* shared, int pieces, int length) {
   constexpr int kLoads = 4;
-  const int first = slab.by_threads.quotient(threadIdx.x), step = slab.at_once;
-  if (first >= step) return;
+  const int count = pieces * slab.length;
 #pragma unroll 1
-  for (int i = threadIdx.x - first * slab.threads; i < length; i += slab.threads) {
-    unsigned there = first * slab.stride + i, here = first * slab.pitch + i;
-#pragma unroll 1
-    for (int piece = first; piece < pieces; piece += kLoads * step) {
-      Vector v[kLoads];
+  for (int i = threadIdx.x; i < count; i += kLoads * kHaarThreads) {
+    Vector v[kLoads];
+    int there[kLoads], here[kLoads];
+    bool inside[kLoads];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j)
-        if (piece + j * step < pieces)
-          v[j] = kFill ? tensor[there + j * step * slab.stride] : shared[here + j * step * slab.pitch];
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j)
-        if (piece + j * step < pieces)
-          (kFill ? shared[here + j * step * slab.pitch] : tensor[there + j * step * slab.stride]) = v[j];
-      there += kLoads * step * slab.stride, here += kLoads * step * slab.pitch;
+    for (int j = 0; j < kLoads; ++j) {
+      const int index = i + j * kHaarThreads, piece = slab.by_length.quotient(index);
+      there[j] = index + piece * (slab.stride - slab.length), here[j] = index + piece * (slab.pitch - slab.length);
+      inside[j] = index < count && index - piece * slab.length < length;
+      if (inside[j]) v[j] = kFill ? tensor[there[j]] : shared[here[j]];
     }
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j)
+      if (inside[j]) (kFill ? shared[here[j]] : tensor[there[j]]) = v[j];
   }
 }
 
+enum class HaarLayout {
+  kShared,      // single elements
+  kInside,      // vectors of channels, one of each of the four
+  kInterleaved  // vectors of the four of a channel, then of the next
+};
+
 // The four pixels of a block or its four bands, of the channels of a vector.
-template <class T, class Vector, bool kInside>
+template <class T, class Vector, HaarLayout kLayout>
 struct HaarVectors {
   static constexpr int kPairs = sizeof(Vector) / sizeof(TwoChannels<T>);
 
   T* base;
-  unsigned place[4];  // from there
-  bool inside[4];
-  int channel;  // from one to the next, where not kInside
-  TwoChannels<T> values[4][kPairs];
-
-  __device__ __forceinline__ HaarVectors(T* base, int channel, int first, int one, int two, int three)
-      : base(base),
-        place{static_cast<unsigned>(first), static_cast<unsigned>(first + one), static_cast<unsigned>(first + two),
-              static_cast<unsigned>(first + three)},
-        inside{true, true, true, true},
-        channel(channel) {}
+  int channel;  // from one to the next, where they are kShared
+  int place[4];
+  bool exists[4];
+  TwoChannels<T> words[4 * kPairs];
 
   __device__ __forceinline__ void load() {
-    if constexpr (kInside) {
+    if constexpr (kLayout != HaarLayout::kShared) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         Vector v{};
-        if (inside[j]) v = *reinterpret_cast<const Vector*>(base + place[j]);
-        memcpy(values[j], &v, sizeof v);
+        if (exists[j]) v = *reinterpret_cast<const Vector*>(base + place[j]);
+        memcpy(words + j * kPairs, &v, sizeof v);
       }
     }
   }
-  __device__ __forceinline__ float2 get(int j, int pair) const {
-    if constexpr (kInside) return values[j][pair].floats();
-    const T* from = base + (place[j] + 2 * pair * channel);
-    return inside[j] ? float2{to_float(from[0]), to_float(from[channel])} : float2{0.0f, 0.0f};
+  // Of channels 2 pair and 2 pair + 1.
+  __device__ __forceinline__ void get(int pair, HaarBlock& a, HaarBlock& b) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (kLayout == HaarLayout::kShared) {
+        const T* from = base + (place[j] + 2 * pair * channel);
+        a.v[j] = exists[j] ? to_float(from[0]) : 0.0f, b.v[j] = exists[j] ? to_float(from[channel]) : 0.0f;
+      } else if constexpr (kLayout == HaarLayout::kInside) {
+        const float2 two = words[j * kPairs + pair].floats();
+        a.v[j] = two.x, b.v[j] = two.y;
+      } else {
+        const float2 two = words[4 * pair + j].floats();
+        (j < 2 ? a : b).v[2 * j % 4] = two.x, (j < 2 ? a : b).v[2 * j % 4 + 1] = two.y;
+      }
+    }
   }
-  __device__ __forceinline__ void put(int j, int pair, float2 value) {
-    const auto two = TwoChannels<T>::of(value);
-    if constexpr (kInside) {
-      values[j][pair] = two;
-    } else if (inside[j]) {
-      T both[2];
-      memcpy(both, &two, sizeof both);
-      T* to = base + (place[j] + 2 * pair * channel);
-      to[0] = both[0], to[channel] = both[1];
+  __device__ __forceinline__ void put(int pair, const HaarBlock& a, const HaarBlock& b) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const HaarBlock& own = j < 2 ? a : b;
+      const auto two =
+          TwoChannels<T>::of(kLayout == HaarLayout::kInterleaved ? float2{own.v[2 * j % 4], own.v[2 * j % 4 + 1]}
+                                                                 : float2{a.v[j], b.v[j]});
+      if constexpr (kLayout == HaarLayout::kShared) {
+        T both[2];
+        memcpy(both, &two, sizeof both);
+        T* to = base + (place[j] + 2 * pair * channel);
+        if (exists[j]) to[0] = both[0], to[channel] = both[1];
+      } else {
+        words[kLayout == HaarLayout::kInside ? j * kPairs + pair : 4 * pair + j] = two;
+      }
     }
   }
   __device__ __forceinline__ void store() const {
-    if constexpr (kInside) {
+    if constexpr (kLayout != HaarLayout::kShared) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         Vector v;
-        memcpy(&v, values[j], sizeof v);
-        if (inside[j]) *reinterpret_cast<Vector*>(base + place[j]) = v;
+        memcpy(&v, words + j * kPairs, sizeof v);
+        if (exists[j]) *reinterpret_cast<Vector*>(base + place[j]) = v;
       }
     }
   }
 };
 
 template <class T, class Vector, bool kInverse, bool kPixelsInside, bool kBandsInside>
-__global__ void __launch_bounds__(kHaarThreads, 4) tiles_kernel(HaarTiles p) {
-  constexpr int kChannels = sizeof(Vector) / sizeof(T);
-  int item = p.by_channel_tile.quotient(blockIdx.x);
-  const int first_vector = (static_cast<int>(blockIdx.x) - item * p.channel_tiles) * p.vectors;
-  int first_row = 0;
+__global__ void __launch_bounds__(kHaarThreads, 6) tiles_kernel(HaarTiles p) {
+  constexpr int kChannels = sizeof(Vector) / sizeof(T), kBlocks = 2;
+  int image = p.by_channel_tile.quotient(blockIdx.x), first_row = 0;
+  const int first_vector = (static_cast<int>(blockIdx.x) - image * p.channel_tiles) * p.vectors;
   if (p.row_tiles != 1) {
-    const int image = p.by_row_tile.quotient(item);
-    first_row = (item - image * p.row_tiles) * p.rows, item = image;
+    const int row_tile = image;
+    image = p.by_row_tile.quotient(row_tile), first_row = (row_tile - image * p.row_tiles) * p.rows;
   }
   const int vectors = p.all_vectors - first_vector < p.vectors ? p.all_vectors - first_vector : p.vectors;
   const int rows = p.all_rows - first_row < p.rows ? p.all_rows - first_row : p.rows;
   const int height = static_cast<int>(p.height) - 2 * first_row, width = static_cast<int>(p.width);
   const auto begin = [&](const Map& map, int row) {
-    T* const image = static_cast<T*>(map.elements.data) + item * map.batch;
-    return image +
-           (int64_t{first_vector * kChannels} * static_cast<int>(map.channel) + row * static_cast<int>(map.row));
-  };
-  T* pixels = begin(p.pixels, 2 * first_row);
-  T* bands = begin(p.bands, first_row);
-  hide(pixels), hide(bands);  // an address is then one multiply-add
+    const int64_t channel = int64_t{first_vector * kChannels} * static_cast<int>(map.channel);
+    T* first = static_cast<T*>(map.elements.data) + (image * map.batch + channel + row * static_cast<int>(map.row));
+    hide(first);  // an address is then one multiply-add
 #ifdef __CUDA_ARCH__
-  __builtin_assume(__isGlobal(pixels)), __builtin_assume(__isGlobal(bands));
+    __builtin_assume(__isGlobal(first));
 #endif
+    return first;
+  };
+  T* const pixels = begin(p.pixels, 2 * first_row);
+  T* const bands = begin(p.bands, first_row);
   auto* const pixel_slab = reinterpret_cast<Vector*>(shared_memory);
   auto* const band_slab = pixel_slab + (kPixelsInside ? 0 : p.vectors * p.pixel_slab.vector());
-
   const auto copy_pixels = [&] {
     const int used = (height < 2 * rows ? height : 2 * rows) * width / kChannels;
     copy<!kInverse>(p.pixel_slab, reinterpret_cast<Vector*>(pixels), pixel_slab, vectors * p.pixel_slab.pieces,
@@ -164,59 +172,58 @@ __global__ void __launch_bounds__(kHaarThreads, 4) tiles_kernel(HaarTiles p) {
     __syncthreads();
   }
 
-  const int count = p.vectors * rows * p.columns;
+  const int positions = rows * p.columns, count = (positions + kBlocks - 1) / kBlocks * p.vectors;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int position = p.by_vector.quotient(i), vector = i - position * p.vectors;
-    const int y = p.by_column.quotient(position), x = position - y * p.columns;
+  for (int i = threadIdx.x; i < count; i += kHaarThreads) {
+    const int group = p.by_vector.quotient(i), vector = i - group * p.vectors, first = kBlocks * group;
     if (vector >= vectors) continue;
-    const auto block = [&] {
-      if constexpr (kPixelsInside) {
-        const int row = static_cast<int>(p.pixels.row), column = static_cast<int>(p.pixels.column);
-        return HaarVectors<T, Vector, true>(pixels, 1, 2 * y * row + 2 * x * column + vector * kChannels, column, row,
-                                            row + column);
-      } else {
-        return HaarVectors<T, Vector, false>(reinterpret_cast<T*>(pixel_slab), p.pixel_slab.channel,
-                                             vector * p.pixel_slab.vector() * kChannels + 2 * y * width + 2 * x, 1,
-                                             width, width + 1);
+    HaarVectors<T, Vector, kPixelsInside ? HaarLayout::kInside : HaarLayout::kShared> pixel[kBlocks];
+    HaarVectors<T, Vector, kBandsInside ? HaarLayout::kInterleaved : HaarLayout::kShared> band[kBlocks];
+    int y = p.by_column.quotient(first), x = first - y * p.columns;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      const bool exists = n == 0 || first + n < positions;
+      auto& own = pixel[n];
+      int row = width, column = 1, from = vector * p.pixel_slab.vector() * kChannels;
+      if constexpr (kPixelsInside)
+        row = static_cast<int>(p.pixels.row), column = static_cast<int>(p.pixels.column), from = vector * kChannels;
+      own.base = kPixelsInside ? pixels : reinterpret_cast<T*>(pixel_slab), own.channel = p.pixel_slab.channel;
+      own.place[0] = from + 2 * (y * row + x * column), own.place[1] = own.place[0] + column;
+      own.place[2] = own.place[0] + row, own.place[3] = own.place[1] + row;
+      own.exists[0] = exists, own.exists[1] = exists && 2 * x + 1 < width;
+      own.exists[2] = exists && 2 * y + 1 < height, own.exists[3] = own.exists[1] && own.exists[2];
+      auto& bands_of_it = band[n];
+      bands_of_it.base = kBandsInside ? bands : reinterpret_cast<T*>(band_slab);
+      bands_of_it.channel = p.band_slab.channel;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        bands_of_it.exists[j] = exists;
+        if constexpr (kBandsInside)
+          bands_of_it.place[j] =
+              y * static_cast<int>(p.bands.row) + x * static_cast<int>(p.bands.column) + (4 * vector + j) * kChannels;
+        else
+          bands_of_it.place[j] = vector * p.band_slab.vector() * kChannels + j * (p.band_slab.channel / 4) + first + n;
       }
-    };
-    const auto block_of_bands = [&] {
-      const int band = kBandsInside ? static_cast<int>(p.band) : p.band_slab.channel / 4;
-      if constexpr (kBandsInside) {
-        const int row = static_cast<int>(p.bands.row), column = static_cast<int>(p.bands.column);
-        return HaarVectors<T, Vector, true>(bands, 1, y * row + x * column + vector * kChannels, band, 2 * band,
-                                            3 * band);
-      } else {
-        return HaarVectors<T, Vector, false>(reinterpret_cast<T*>(band_slab), p.band_slab.channel,
-                                             vector * p.band_slab.vector() * kChannels + position, band, 2 * band,
-                                             3 * band);
-      }
-    };
-    HaarVectors own = block();
-    HaarVectors transformed = block_of_bands();
-    own.inside[1] = 2 * x + 1 < width, own.inside[2] = 2 * y + 1 < height;
-    own.inside[3] = own.inside[1] && own.inside[2];
+      if (++x == p.columns) x = 0, ++y;
+    }
     const auto transform = [](auto& from, auto& to) {
-      from.load();
 #pragma unroll
-      for (int pair = 0; pair < kChannels / 2; ++pair) {
-        HaarBlock a, b;
+      for (int n = 0; n < kBlocks; ++n) from[n].load();
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 two = from.get(j, pair);
-          a.v[j] = two.x, b.v[j] = two.y;
+      for (int pair = 0; pair < kChannels / 2; ++pair)
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          HaarBlock a, b;
+          from[n].get(pair, a, b);
+          to[n].put(pair, a.transformed(), b.transformed());
         }
-        a = a.transformed(), b = b.transformed();
 #pragma unroll
-        for (int j = 0; j < 4; ++j) to.put(j, pair, {a.v[j], b.v[j]});
-      }
-      to.store();
+      for (int n = 0; n < kBlocks; ++n) to[n].store();
     };
     if constexpr (kInverse)
-      transform(transformed, own);
+      transform(band, pixel);
     else
-      transform(own, transformed);
+      transform(pixel, band);
   }
 
   if constexpr (kInverse ? !kPixelsInside : !kBandsInside) {
@@ -234,15 +241,16 @@ inline bool plan_haar_tiles(HaarTiles& p, int v) {
   if (p.width == 1) p.pixels.column = 0;
   if (h == 1) p.bands.row = 0;
   if (w == 1) p.bands.column = 0;
-  const auto inside = [&](const Map& map, int64_t rows, int64_t columns, int64_t band) {
-    const int64_t last = (rows - 1) * map.row + (columns - 1) * map.column + 3 * band + p.channels;
-    return map.channel == 1 && (map.row | map.column | band) % v == 0 && last <= kMost;
+  const auto inside = [&](const Map& map, int64_t channel, int64_t rows, int64_t columns) {
+    const int64_t last = (rows - 1) * map.row + (columns - 1) * map.column + channel * p.channels;
+    return map.channel == channel && (map.row | map.column) % v == 0 && last <= kMost;
   };
   const auto dense = [&](const Map& map, int64_t channel, int64_t rows, int64_t columns) {
     return map.channel == channel && (rows == 1 || map.row == columns) && (columns == 1 || map.column == 1) &&
            channel * v <= kMost;
   };
-  p.pixels_inside = inside(p.pixels, p.height, p.width, 0), p.bands_inside = inside(p.bands, h, w, p.band);
+  p.pixels_inside = inside(p.pixels, 1, p.height, p.width);
+  p.bands_inside = inside(p.bands, 4, h, w) && p.band == 1;
   const bool pixels_dense = dense(p.pixels, pixels, p.height, p.width);
   const bool bands_dense = dense(p.bands, 4 * bands, h, w) && p.band == bands;
   if (pixels_dense && bands_dense && p.pixels.batch == p.channels * pixels && p.bands.batch == 4 * p.channels * bands)
@@ -264,15 +272,11 @@ inline bool plan_haar_tiles(HaarTiles& p, int v) {
     p.row_tiles = static_cast<int>(ceil_div(h, rows));
     p.by_vector = Divisor(p.vectors), p.by_channel_tile = Divisor(p.channel_tiles);
     p.by_row_tile = Divisor(p.row_tiles);
-    const int threads = static_cast<int>(p.threads());
     const auto slab = [&](bool needed, int runs, int run, int part) {  // of a channel; of elements; what a tile has
       if (!needed) return HaarSlab{};
       const int channel = runs * run;
-      HaarSlab s = rows == h ? HaarSlab{channel, channel, channel | 1, 1, channel}
-                             : HaarSlab{part / v, run / v, part / v, runs * v, runs * part};
-      s.threads = static_cast<int>(share(s.length, threads)), s.at_once = threads / s.threads;
-      s.by_threads = Divisor(s.threads);
-      return s;
+      return rows == h ? HaarSlab{channel, channel, channel | 1, 1, channel, Divisor(channel)}
+                       : HaarSlab{part / v, run / v, part / v, runs * v, runs * part, Divisor(part / v)};
     };
     p.pixel_slab = slab(!p.pixels_inside, 1, pixels, 2 * rows * p.width);
     p.band_slab = slab(!p.bands_inside, 4, bands, rows * w);
@@ -280,10 +284,10 @@ inline bool plan_haar_tiles(HaarTiles& p, int v) {
   };
   if (p.pixels_inside && p.bands_inside) {
     const int64_t vectors = share(p.all_vectors, kWarp);
-    divide(vectors, share(h, between(kHaarThreads / (vectors * w), 1, h)));
+    divide(vectors, share(h, between(2 * kHaarThreads / (vectors * w), 1, h)));
   } else {
     const int64_t least = p.pixels_inside || p.bands_inside ? kSectors / vector_bytes : 1;
-    if (divide(between(kHaarThreads / bands, least, kHaarThreads), h) > kMostBytes) {
+    if (divide(between(kHaarThreads / ceil_div(bands, 2), least, kHaarThreads), h) > kMostBytes) {
       const int64_t step = v / std::gcd(w, int64_t{v}), bytes = divide(least, step);
       if (pixels % v != 0 || bands % v != 0 || 2 * step * p.width % v != 0 || step >= h || bytes > kMostBytes)
         return false;
@@ -308,7 +312,7 @@ cudaError_t launch_haar(void (*general)(HaarParams), const HaarParams& params, c
                         : p.bands_inside ? tiles_kernel<T, Vector, kInverse, false, true>
                                          : tiles_kernel<T, Vector, kInverse, false, false>;
     const int64_t floats = ceil_div(p.slab_vectors() * static_cast<int64_t>(sizeof(Vector)), sizeof(float));
-    return launch_blocks(kernel, p.blocks(), static_cast<unsigned>(p.threads()), floats, stream, p);
+    return launch_blocks(kernel, p.blocks(), kHaarThreads, floats, stream, p);
   };
   return with_element(p.pixels.elements.dtype, [&](auto element) {
     return wide ? start(element, SixteenBytes{}) : start(element, TwoChannels<decltype(element)>{});

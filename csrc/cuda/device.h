@@ -95,14 +95,14 @@ struct SmallDivisor {
   __device__ __forceinline__ unsigned quotient(unsigned i) const { return i * reciprocal >> kShift; }
 };
 
-// Divides numbers i for which (i + 1) * divisor <= 2^32.
+// Divides numbers i for which i * divisor < 2^31.
 struct Divisor {
-  uint32_t reciprocal = UINT32_MAX;  // rounded down
+  uint32_t reciprocal = 1u << 31;  // rounded up
 
   Divisor() = default;
-  ANYWHERE explicit Divisor(int64_t d) : reciprocal(static_cast<uint32_t>(UINT32_MAX / d)) {}
+  ANYWHERE explicit Divisor(int64_t d) : reciprocal(static_cast<uint32_t>(((int64_t{1} << 31) + d - 1) / d)) {}
   __device__ __forceinline__ int quotient(int i) const {
-    return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(i)) * reciprocal + reciprocal) >> 32);
+    return static_cast<int>(uint64_t{2 * static_cast<uint32_t>(i)} * reciprocal >> 32);
   }
 };
 

@@ -1,4 +1,5 @@
-// haar_dwt2d: a thread reads 2×2 blocks down a column and writes their bands. Bytes: the pixels once, the bands once.
+// haar_dwt2d, by tiles where these take pixels and bands. Else a thread reads 2×2 blocks down a column, element by
+// element, and writes their bands. Bytes: the pixels once, the bands once.
 #include "cuda/haar_tiles.h"
 #include "cuda/launchers.h"
 

@@ -30,16 +30,16 @@ struct HaarTiles : HaarParams {
   bool pixels_inside, bands_inside;  // their channels, and those with the four bands of each
   int vectors, rows;                 // of a tile; rows and columns are those of bands
   int all_vectors, all_rows, columns;
-  int channel_tiles, row_tiles;
-  Divisor by_channel_tile, by_row_tile, by_vector, by_column;
+  unsigned channel_tiles, row_tiles;
+  Divisor by_vector, by_column;
   HaarSlab pixel_slab, band_slab;
 
   int64_t blocks() const { return batch * channel_tiles * row_tiles; }
   int64_t slab_vectors() const { return static_cast<int64_t>(vectors) * (pixel_slab.vector() + band_slab.vector()); }
 };
 
-// Copies so many pieces between a tensor and shared memory, of each what the tensor has of it.
-template <bool kFill, class Vector>
+// Copies so many pieces between a tensor and shared memory, of each what the tensor has of it: all, where kWhole.
+template <bool kFill, bool kWhole, class Vector>
 __device__ __forceinline__ void copy(const HaarSlab& slab, Vector* tensor, Vector* shared, int pieces, int length) {
   constexpr int kLoads = 4;
   const int count = pieces * slab.length;
@@ -51,8 +51,9 @@ __device__ __forceinline__ void copy(const HaarSlab& slab, Vector* tensor, Vecto
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int index = i + j * kHaarThreads, piece = slab.by_length.quotient(index);
-      there[j] = index + piece * (slab.stride - slab.length), here[j] = index + piece * (slab.pitch - slab.length);
-      inside[j] = index < count && index - piece * slab.length < length;
+      there[j] = kWhole ? index : index + piece * (slab.stride - slab.length);
+      here[j] = index + piece * (slab.pitch - slab.length);
+      inside[j] = index < count && (kWhole || index - piece * slab.length < length);
       if (inside[j]) v[j] = kFill ? tensor[there[j]] : shared[here[j]];
     }
 #pragma unroll
@@ -127,6 +128,7 @@ struct HaarVectors {
       for (int j = 0; j < 4; ++j) {
         Vector v;
         memcpy(&v, words + j * kPairs, sizeof v);
+        for (uint32_t& word : v.words) hide(word);  // or each is stored by itself
         if (exists[j]) *reinterpret_cast<Vector*>(base + place[j]) = v;
       }
     }
@@ -134,14 +136,12 @@ struct HaarVectors {
 };
 
 template <class T, class Vector, bool kInverse, bool kPixelsInside, bool kBandsInside>
-__global__ void __launch_bounds__(kHaarThreads, 6) tiles_kernel(HaarTiles p) {
+__global__ void __launch_bounds__(kHaarThreads, 5) tiles_kernel(HaarTiles p) {
   constexpr int kChannels = sizeof(Vector) / sizeof(T), kBlocks = 2;
-  int image = p.by_channel_tile.quotient(blockIdx.x), first_row = 0;
-  const int first_vector = (static_cast<int>(blockIdx.x) - image * p.channel_tiles) * p.vectors;
-  if (p.row_tiles != 1) {
-    const int row_tile = image;
-    image = p.by_row_tile.quotient(row_tile), first_row = (row_tile - image * p.row_tiles) * p.rows;
-  }
+  unsigned image = blockIdx.x / p.channel_tiles;
+  const int first_vector = static_cast<int>(blockIdx.x - image * p.channel_tiles) * p.vectors;
+  int first_row = 0;
+  if (p.row_tiles != 1) first_row = static_cast<int>(image % p.row_tiles) * p.rows, image /= p.row_tiles;
   const int vectors = p.all_vectors - first_vector < p.vectors ? p.all_vectors - first_vector : p.vectors;
   const int rows = p.all_rows - first_row < p.rows ? p.all_rows - first_row : p.rows;
   const int height = static_cast<int>(p.height) - 2 * first_row, width = static_cast<int>(p.width);
@@ -158,19 +158,22 @@ __global__ void __launch_bounds__(kHaarThreads, 6) tiles_kernel(HaarTiles p) {
   T* const bands = begin(p.bands, first_row);
   auto* const pixel_slab = reinterpret_cast<Vector*>(shared_memory);
   auto* const band_slab = pixel_slab + (kPixelsInside ? 0 : p.vectors * p.pixel_slab.vector());
+  const auto copy_slab = [&](auto fill, const HaarSlab& slab, T* tensor, Vector* shared, int part) {
+    const int pieces = vectors * slab.pieces;
+    if (p.row_tiles == 1)
+      copy<decltype(fill)::value, true>(slab, reinterpret_cast<Vector*>(tensor), shared, pieces, 0);
+    else
+      copy<decltype(fill)::value, false>(slab, reinterpret_cast<Vector*>(tensor), shared, pieces, part / kChannels);
+  };
   const auto copy_pixels = [&] {
-    const int used = (height < 2 * rows ? height : 2 * rows) * width / kChannels;
-    copy<!kInverse>(p.pixel_slab, reinterpret_cast<Vector*>(pixels), pixel_slab, vectors * p.pixel_slab.pieces,
-                    p.row_tiles == 1 ? p.pixel_slab.length : used);
+    copy_slab(std::bool_constant<!kInverse>{}, p.pixel_slab, pixels, pixel_slab,
+              (height < 2 * rows ? height : 2 * rows) * width);
   };
   const auto copy_bands = [&] {
-    copy<kInverse>(p.band_slab, reinterpret_cast<Vector*>(bands), band_slab, vectors * p.band_slab.pieces,
-                   p.row_tiles == 1 ? p.band_slab.length : rows * p.columns / kChannels);
+    copy_slab(std::bool_constant<kInverse>{}, p.band_slab, bands, band_slab, rows * p.columns);
   };
-  if constexpr (kInverse ? !kBandsInside : !kPixelsInside) {
-    kInverse ? copy_bands() : copy_pixels();
-    __syncthreads();
-  }
+  if constexpr (kInverse && !kBandsInside) copy_bands(), __syncthreads();
+  if constexpr (!kInverse && !kPixelsInside) copy_pixels(), __syncthreads();
 
   const int positions = rows * p.columns, count = (positions + kBlocks - 1) / kBlocks * p.vectors;
 #pragma unroll 1
@@ -226,10 +229,8 @@ __global__ void __launch_bounds__(kHaarThreads, 6) tiles_kernel(HaarTiles p) {
       transform(pixel, band);
   }
 
-  if constexpr (kInverse ? !kPixelsInside : !kBandsInside) {
-    __syncthreads();
-    kInverse ? copy_pixels() : copy_bands();
-  }
+  if constexpr (kInverse && !kPixelsInside) __syncthreads(), copy_pixels();
+  if constexpr (!kInverse && !kBandsInside) __syncthreads(), copy_bands();
 }
 
 // Plans tiles of vectors of v channels; says whether pixels and bands allow them.
@@ -268,10 +269,8 @@ inline bool plan_haar_tiles(HaarTiles& p, int v) {
   p.by_column = Divisor(w);
   const auto divide = [&](int64_t most_vectors, int64_t rows) {
     p.vectors = static_cast<int>(share(p.all_vectors, most_vectors)), p.rows = static_cast<int>(rows);
-    p.channel_tiles = static_cast<int>(ceil_div(p.all_vectors, p.vectors));
-    p.row_tiles = static_cast<int>(ceil_div(h, rows));
-    p.by_vector = Divisor(p.vectors), p.by_channel_tile = Divisor(p.channel_tiles);
-    p.by_row_tile = Divisor(p.row_tiles);
+    p.channel_tiles = static_cast<unsigned>(ceil_div(p.all_vectors, p.vectors));
+    p.row_tiles = static_cast<unsigned>(ceil_div(h, rows)), p.by_vector = Divisor(p.vectors);
     const auto slab = [&](bool needed, int runs, int run, int part) {  // of a channel; of elements; what a tile has
       if (!needed) return HaarSlab{};
       const int channel = runs * run;
@@ -294,7 +293,7 @@ inline bool plan_haar_tiles(HaarTiles& p, int v) {
       divide(least, step * between(kMostBytes / 2 / bytes, 1, (h - 1) / step));
     }
   }
-  return (p.blocks() + 1) * p.channel_tiles * p.row_tiles < UINT32_MAX && p.blocks() < kMostBlocks;
+  return p.blocks() <= kMostBlocks;
 }
 
 // Launches the kernel on tiles if pixels and bands allow it, else `general`.

@@ -135,7 +135,8 @@ auto with_element(DType dtype, F f) {
   return dtype == DType::kBFloat16 ? f(__nv_bfloat16{}) : f(__half{});
 }
 
-// Hides where a value comes from, so that what is computed from it is not computed ahead and kept in registers.
+// Hides where a value comes from, so that what is computed from it is not computed ahead and kept in registers; but of
+// a pointer, that it points to global memory.
 template <class T>
 __device__ __forceinline__ void hide(T& value) {
 #ifdef __CUDA_ARCH__
@@ -143,6 +144,7 @@ __device__ __forceinline__ void hide(T& value) {
     asm volatile("" : "+l"(value));
   else
     asm volatile("" : "+r"(value));
+  if constexpr (std::is_pointer_v<T>) __builtin_assume(__isGlobal(value));
 #endif
 }
 

@@ -149,9 +149,6 @@ __global__ void __launch_bounds__(kHaarThreads, 5) tiles_kernel(HaarTiles p) {
     const int64_t channel = int64_t{first_vector * kChannels} * static_cast<int>(map.channel);
     T* first = static_cast<T*>(map.elements.data) + (image * map.batch + channel + row * static_cast<int>(map.row));
     hide(first);  // an address is then one multiply-add
-#ifdef __CUDA_ARCH__
-    __builtin_assume(__isGlobal(first));
-#endif
     return first;
   };
   T* const pixels = begin(p.pixels, 2 * first_row);

@@ -128,6 +128,25 @@ def test_forward_and_gradients(case, dtype, layout, instruction_set):
     check_against_truth(case, dtype, layout)
 
 
+@pytest.mark.parametrize("case", [c for c in SMALL if "haar" in c.op], ids=str)
+@all_dtypes
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_gradient_with_channels_inside(case, dtype, layout):
+    """As an operator writes it whose maps are channels-last; that of the result in other tests is contiguous."""
+    (x,) = tensors(case.make(dtype, layout)).values()
+    name = next(iter(case.arguments))
+    found = []
+    for backend in (None, "reference"):
+        given = x.detach().double() if backend else x
+        with use_backend(backend) if backend else contextlib.nullcontext():
+            (result,) = case.run({name: given.requires_grad_()} | dict(case.options))
+            grad = Argument(result.shape, positions=2).make(
+                dtype, "channels_last", "cpu", torch.Generator().manual_seed(1)
+            )
+            found.append(torch.autograd.grad(result, given, grad.to(result.dtype))[0])
+    assert_close(found[0], found[1], found[1].to(dtype))
+
+
 # Images that are one in memory, or what both directions of a scan read.
 @pytest.mark.parametrize(
     ("case", "dimension"),

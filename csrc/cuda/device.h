@@ -95,6 +95,17 @@ struct SmallDivisor {
   __device__ __forceinline__ unsigned quotient(unsigned i) const { return i * reciprocal >> kShift; }
 };
 
+// Divides numbers i for which i * divisor < 2^31.
+struct Divisor {
+  uint32_t reciprocal = 1u << 31;  // rounded up
+
+  Divisor() = default;
+  ANYWHERE explicit Divisor(int64_t d) : reciprocal(static_cast<uint32_t>(((int64_t{1} << 31) + d - 1) / d)) {}
+  __device__ __forceinline__ int quotient(int i) const {
+    return static_cast<int>(uint64_t{2 * static_cast<uint32_t>(i)} * reciprocal >> 32);
+  }
+};
+
 // Whether kernels may take a map two channels at a time, with 32-bit offsets within an image. The one row or column of
 // a map has any stride.
 inline bool channels_are_pairs(const Map& map, int64_t channels, int64_t rows, int64_t columns) {
@@ -124,7 +135,8 @@ auto with_element(DType dtype, F f) {
   return dtype == DType::kBFloat16 ? f(__nv_bfloat16{}) : f(__half{});
 }
 
-// Hides where a value comes from, so that what is computed from it is not computed ahead and kept in registers.
+// Hides where a value comes from, so that what is computed from it is not computed ahead and kept in registers; but of
+// a pointer, that it points to global memory.
 template <class T>
 __device__ __forceinline__ void hide(T& value) {
 #ifdef __CUDA_ARCH__
@@ -132,6 +144,7 @@ __device__ __forceinline__ void hide(T& value) {
     asm volatile("" : "+l"(value));
   else
     asm volatile("" : "+r"(value));
+  if constexpr (std::is_pointer_v<T>) __builtin_assume(__isGlobal(value));
 #endif
 }
 

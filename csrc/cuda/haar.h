@@ -11,7 +11,8 @@ struct HaarBlock {
   float v[4];
   __device__ __forceinline__ HaarBlock transformed() const {
     const float top = v[0] + v[1], left = v[0] - v[1], bottom = v[2] + v[3], right = v[2] - v[3];
-    return {{0.5f * (top + bottom), 0.5f * (top - bottom), 0.5f * (left + right), 0.5f * (left - right)}};
+    const float half_top = 0.5f * top, half_left = 0.5f * left;
+    return {{half_top + 0.5f * bottom, half_top - 0.5f * bottom, half_left + 0.5f * right, half_left - 0.5f * right}};
   }
 };
 

@@ -1,5 +1,6 @@
-// haar_dwt2d: a thread reads 2×2 blocks down a column and writes their bands. Bytes: the pixels once, the bands once.
-#include "cuda/haar.h"
+// haar_dwt2d, by tiles where these take pixels and bands. Else a thread reads 2×2 blocks down a column, element by
+// element, and writes their bands. Bytes: the pixels once, the bands once.
+#include "cuda/haar_tiles.h"
 #include "cuda/launchers.h"
 
 namespace mobilemamba {
@@ -23,8 +24,6 @@ __global__ void __launch_bounds__(Columns::kThreads) dwt_kernel(HaarParams p) {
 
 }  // namespace
 
-cudaError_t haar_dwt2d(const HaarParams& p, cudaStream_t stream) {
-  return launch(dwt_kernel, p, haar_columns(p).items(), Columns::kThreads, 0, stream);
-}
+cudaError_t haar_dwt2d(const HaarParams& p, cudaStream_t stream) { return launch_haar<false>(dwt_kernel, p, stream); }
 
 }  // namespace mobilemamba

@@ -1,5 +1,5 @@
 // haar_idwt2d: haar_dwt2d the other way round.
-#include "cuda/haar.h"
+#include "cuda/haar_tiles.h"
 #include "cuda/launchers.h"
 
 namespace mobilemamba {
@@ -23,8 +23,6 @@ __global__ void __launch_bounds__(Columns::kThreads) idwt_kernel(HaarParams p) {
 
 }  // namespace
 
-cudaError_t haar_idwt2d(const HaarParams& p, cudaStream_t stream) {
-  return launch(idwt_kernel, p, haar_columns(p).items(), Columns::kThreads, 0, stream);
-}
+cudaError_t haar_idwt2d(const HaarParams& p, cudaStream_t stream) { return launch_haar<true>(idwt_kernel, p, stream); }
 
 }  // namespace mobilemamba

@@ -268,6 +268,7 @@ void plan_causal_conv1d(CausalConv1dCudaParams& p) {
 }
 
 cudaError_t causal_conv1d_fwd(const CausalConv1dCudaParams& p, cudaStream_t stream) {
+  if (causal_conv1d_takes_vectors(p)) return causal_conv1d_vectors(p, stream);
   return with_variant(p, [&](auto taps, auto numbered) {
     return launch(forward_kernel<taps, numbered>, p, items_of(p), kBlock, kWarps * kRow, stream);
   });

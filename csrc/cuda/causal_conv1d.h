@@ -1,0 +1,90 @@
+// What the causal convolutions by vectors share.
+#pragma once
+
+#include "cuda/device.h"
+#include "include/causal_conv1d_cuda.h"
+
+namespace mobilemamba {
+
+constexpr int kChannels = 4;  // of a thread where they are dense
+
+// Elements side by side, as memory has them: what is loaded and stored at once.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector {
+  TwoChannels<T> pairs[kCount / 2];
+
+  __device__ __forceinline__ void unpack(float* to) const {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float2 two = pairs[i].floats();
+      to[2 * i] = two.x, to[2 * i + 1] = two.y;
+    }
+  }
+  static __device__ __forceinline__ Vector of(const float* from) {
+    Vector v;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) v.pairs[i] = TwoChannels<T>::of({from[2 * i], from[2 * i + 1]});
+    return v;
+  }
+};
+
+// The filters of channels that follow each other.
+template <int kTaps, int kCount>
+struct Filters {
+  float taps[kTaps][kCount], bias[kCount];
+
+  __device__ __forceinline__ Filters(const CausalFilter& f, int64_t channel) {
+    visit(f.weight + channel * f.weight_channel, [&](const auto* weight) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c)
+#pragma unroll
+        for (int j = 0; j < kTaps; ++j) taps[j][c] = to_float(weight[c * f.weight_channel + j * f.weight_tap]);
+    });
+    memset(bias, 0, sizeof bias);
+    if (f.bias)
+      visit(f.bias + channel * f.bias_channel, [&](const auto* from) {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) bias[c] = to_float(from[c * f.bias_channel]);
+      });
+  }
+};
+
+// The SiLU of a result that is rounded to T.
+template <class T>
+__device__ __forceinline__ float silu_for(float x) {
+  if constexpr (std::is_same_v<T, float>) return quick_silu(x);
+  return x * reciprocal<T>(1.0f + power_of_two<T>(-kLog2E * x));
+}
+
+// Whether each sequence begins with a whole vector of the type of x, and threads can count in 32 bits.
+inline bool begins_with_vector(const CausalConv1dParams& p, const Sequence& t, int64_t vector) {
+  return !p.numbers && p.length <= 1 << 30 && p.batch * p.dim * ceil_div(p.length, 8) <= INT32_MAX &&
+         t.elements.dtype == p.x.elements.dtype && (p.batch == 1 || t.batch % vector == 0) &&
+         reinterpret_cast<uintptr_t>(t.elements.data) % (vector * element_size(t.elements.dtype)) == 0;
+}
+
+// Whether threads may take kChannels channels of a position at a time, and 16 bytes of a channel's positions.
+inline bool in_vectors_of_channels(const CausalConv1dParams& p, const Sequence& t) {
+  return t.channel == 1 && p.dim % kChannels == 0 && t.position <= 1 << 28 &&
+         (p.length == 1 || t.position % kChannels == 0) && begins_with_vector(p, t, kChannels);
+}
+inline bool in_vectors_of_positions(const CausalConv1dParams& p, const Sequence& t) {
+  const int64_t vector = 16 / element_size(t.elements.dtype);
+  return t.position == 1 && p.length % vector == 0 && (p.dim == 1 || t.channel % vector == 0) &&
+         begins_with_vector(p, t, vector);
+}
+
+// Calls f with the element type, the number of taps and whether there is an activation, as constants.
+template <class F>
+cudaError_t with_causal_variant(const CausalConv1dParams& p, F f) {
+  return with_element(p.x.elements.dtype, [&](auto element) {
+    const auto with_taps = [&](auto taps) {
+      return p.filter.silu ? f(element, taps, std::true_type{}) : f(element, taps, std::false_type{});
+    };
+    if (p.filter.width == 2) return with_taps(std::integral_constant<int, 2>{});
+    if (p.filter.width == 3) return with_taps(std::integral_constant<int, 3>{});
+    return with_taps(std::integral_constant<int, 4>{});
+  });
+}
+
+}  // namespace mobilemamba

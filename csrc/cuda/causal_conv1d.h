@@ -47,31 +47,65 @@ struct Filters {
         for (int c = 0; c < kCount; ++c) bias[c] = to_float(from[c * f.bias_channel]);
       });
   }
+  // Of channel c at the position whose first tap meets x[i].
+  template <int kPositions>
+  __device__ __forceinline__ float sum(const float (&x)[kPositions][kCount], int i, int c) const {
+    float s = bias[c];
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) s += taps[j][c] * x[i + j][c];
+    return s;
+  }
 };
 
-// The SiLU of a result that is rounded to T.
-template <class T>
-__device__ __forceinline__ float silu_for(float x) {
-  if constexpr (std::is_same_v<T, float>) return quick_silu(x);
-  return x * reciprocal<T>(1.0f + power_of_two<T>(-kLog2E * x));
+// What precedes the first position of channels that follow each other.
+template <int kBefore, int kCount>
+__device__ __forceinline__ void read_initial(float (&to)[kBefore][kCount], const CausalConv1dParams& p, int64_t batch,
+                                             int64_t channel) {
+  memset(to, 0, sizeof to);
+  if (p.initial)
+    visit(p.initial.at(batch, channel, 0), [&](const auto* from) {
+#pragma unroll
+      for (int i = 0; i < kBefore; ++i)
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) to[i][c] = to_float(from[c * p.initial.channel + i * p.initial.position]);
+    });
 }
 
-// Whether each sequence begins with a whole vector of the type of x, and threads can count in 32 bits.
+template <class T>
+__device__ __forceinline__ T* start_of(const Sequence& t, int64_t batch, int64_t offset) {
+  return static_cast<T*>(t.elements.data) + batch * t.batch + offset;
+}
+
+// As exact as a result that is rounded to T.
+template <class T>
+__device__ __forceinline__ float sigmoid_for(float x) {
+  if constexpr (std::is_same_v<T, float>) return quick_sigmoid(x);
+  return reciprocal<T>(1.0f + power_of_two<T>(-kLog2E * x));
+}
+
+// Whether a sequence begins with whole vectors of the type of x, and threads can count in 32 bits.
 inline bool begins_with_vector(const CausalConv1dParams& p, const Sequence& t, int64_t vector) {
   return !p.numbers && p.length <= 1 << 30 && p.batch * p.dim * ceil_div(p.length, 8) <= INT32_MAX &&
          t.elements.dtype == p.x.elements.dtype && (p.batch == 1 || t.batch % vector == 0) &&
          reinterpret_cast<uintptr_t>(t.elements.data) % (vector * element_size(t.elements.dtype)) == 0;
 }
 
-// Whether threads may take kChannels channels of a position at a time, and 16 bytes of a channel's positions.
-inline bool in_vectors_of_channels(const CausalConv1dParams& p, const Sequence& t) {
-  return t.channel == 1 && p.dim % kChannels == 0 && t.position <= 1 << 28 &&
-         (p.length == 1 || t.position % kChannels == 0) && begins_with_vector(p, t, kChannels);
+// Whether threads may take kChannels channels of a position at a time, or 16 bytes of a channel's positions.
+template <class Fits>
+bool all_sequences(const CausalConv1dParams& p, Fits fits) {
+  return fits(p.x) && (p.grad ? fits(p.grad) && fits(p.grad_x) : fits(p.y));
 }
-inline bool in_vectors_of_positions(const CausalConv1dParams& p, const Sequence& t) {
-  const int64_t vector = 16 / element_size(t.elements.dtype);
-  return t.position == 1 && p.length % vector == 0 && (p.dim == 1 || t.channel % vector == 0) &&
-         begins_with_vector(p, t, vector);
+inline bool in_vectors_of_channels(const CausalConv1dParams& p) {
+  return p.dim % kChannels == 0 && all_sequences(p, [&](const Sequence& t) {
+           return t.channel == 1 && t.position <= 1 << 28 && (p.length == 1 || t.position % kChannels == 0) &&
+                  begins_with_vector(p, t, kChannels);
+         });
+}
+inline bool in_vectors_of_positions(const CausalConv1dParams& p) {
+  const int64_t vector = 16 / element_size(p.x.elements.dtype);
+  return p.length % vector == 0 && all_sequences(p, [&](const Sequence& t) {
+           return t.position == 1 && (p.dim == 1 || t.channel % vector == 0) && begins_with_vector(p, t, vector);
+         });
 }
 
 // Calls f with the element type, the number of taps and whether there is an activation, as constants.

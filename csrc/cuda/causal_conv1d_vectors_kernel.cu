@@ -23,11 +23,6 @@ struct Plan : CausalConv1dParams {
   int segment;
 };
 
-template <class T>
-__device__ __forceinline__ T* start_of(const Sequence& t, int64_t batch, int64_t offset) {
-  return static_cast<T*>(t.elements.data) + batch * t.batch + offset;
-}
-
 template <class T, int kTaps, bool kSilu>
 __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor) channels_kernel(Plan p) {
   constexpr int kBefore = kTaps - 1, kGroup = 8 / sizeof(T);
@@ -56,17 +51,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor) channels_kernel(
   float before[kBefore][kChannels];
 #pragma unroll
   for (int i = 0; i < kBefore; ++i) last[i].unpack(before[i]);
-  if (begin == 0) {
-    memset(before, 0, sizeof before);
-    if (p.initial)
-      visit(p.initial.at(batch, channel, 0), [&](const auto* initial) {
-#pragma unroll
-        for (int i = 0; i < kBefore; ++i)
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c)
-            before[i][c] = to_float(initial[c * p.initial.channel + i * p.initial.position]);
-      });
-  }
+  if (begin == 0) read_initial(before, p, batch, channel);
 
 #pragma unroll 1
   while (left > 0) {
@@ -83,10 +68,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor) channels_kernel(
         float s[kChannels];
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          s[c] = filters.bias[c];
-#pragma unroll
-          for (int j = 0; j < kTaps; ++j) s[c] += filters.taps[j][c] * v[i + j][c];
-          if constexpr (kSilu) s[c] = silu_for<T>(s[c]);
+          s[c] = filters.sum(v, i, c);
+          if constexpr (kSilu) s[c] *= sigmoid_for<T>(s[c]);
         }
         if (left > i) *reinterpret_cast<Four*>(to) = Four::of(s);
       }
@@ -117,17 +100,17 @@ __global__ void __launch_bounds__(kThreads) positions_kernel(Plan p) {
   const Filters<kTaps, 1> filter(p.filter, channel);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    float v[4 + kCount], s[kCount];
-    before[i].unpack(v), own[i].unpack(v + 4);
-    if (i == 0 && begin == 0)
-#pragma unroll
-      for (int j = 0; j < kBefore; ++j) v[4 - kBefore + j] = p.initial ? load(p.initial.at(batch, channel, j)) : 0.0f;
+    float v[4 + kCount][1], s[kCount];
+    before[i].unpack(v[0]), own[i].unpack(v[4]);
+    if (i == 0 && begin == 0) {
+      float initial[kBefore][1];
+      read_initial(initial, p, batch, channel);
+      memcpy(v + (4 - kBefore), initial, sizeof initial);
+    }
 #pragma unroll
     for (int l = 0; l < kCount; ++l) {
-      s[l] = filter.bias[0];
-#pragma unroll
-      for (int j = 0; j < kTaps; ++j) s[l] += filter.taps[j][0] * v[4 - kBefore + l + j];
-      if constexpr (kSilu) s[l] = silu_for<T>(s[l]);
+      s[l] = filter.sum(v, 4 - kBefore + l, 0);
+      if constexpr (kSilu) s[l] *= sigmoid_for<T>(s[l]);
     }
     if (left > i * step) *reinterpret_cast<Own*>(to + i * step) = Own::of(s);
   }
@@ -153,12 +136,11 @@ Plan plan_of_positions(const CausalConv1dParams& params) {
 }  // namespace
 
 bool causal_conv1d_takes_vectors(const CausalConv1dParams& p) {
-  return (in_vectors_of_channels(p, p.x) && in_vectors_of_channels(p, p.y)) ||
-         (in_vectors_of_positions(p, p.x) && in_vectors_of_positions(p, p.y));
+  return in_vectors_of_channels(p) || in_vectors_of_positions(p);
 }
 
 cudaError_t causal_conv1d_vectors(const CausalConv1dParams& params, cudaStream_t stream) {
-  const bool channels = in_vectors_of_channels(params, params.x);
+  const bool channels = in_vectors_of_channels(params);
   const Plan p = channels ? plan_of_channels(params) : plan_of_positions(params);
   return with_causal_variant(p, [&](auto element, auto taps, auto silu) {
     using T = decltype(element);

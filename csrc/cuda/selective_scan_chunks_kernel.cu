@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(256) sums_kernel(PartialSumsParams p) {
     for (int64_t t = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; t < sum.outer * sum.inner; t += stride) {
       const float* from = sum.from + t / sum.inner * sum.middle * sum.inner + t % sum.inner;
       float total = 0.0f;
-#pragma unroll 4
+#pragma unroll 16
       for (int64_t m = 0; m < sum.middle; ++m) total += from[m * sum.inner];
       sum.to[t] = total;
     }

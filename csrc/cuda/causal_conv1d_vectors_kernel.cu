@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfProcessor) channels_kernel(
 }
 
 template <class T, int kTaps, bool kSilu>
-__global__ void __launch_bounds__(kThreads) positions_kernel(Plan p) {
+__global__ void __launch_bounds__(kThreads, 6) positions_kernel(Plan p) {
   constexpr int kBefore = kTaps - 1, kCount = 16 / sizeof(T);
   using Own = Vector<T, kCount>;
   using Before = Vector<T, 4>;

@@ -548,6 +548,11 @@ CASES: tuple[Case, ...] = (
     _causal_conv1d(1, 6, 2, 4, has="if"),
     _causal_conv1d(1, 5, 1500, 4, has="bs"),
     _causal_conv1d(1, 3, 9, 2, has="q"),
+    _causal_conv1d(2, 12, 43, 4, has="bifs"),  # vectors on GPUs, as the next four
+    _causal_conv1d(1, 8, 2, 4, has="is"),
+    _causal_conv1d(2, 5, 72, 3, has="bis"),
+    _causal_conv1d(1, 8, 24, 2),
+    _causal_conv1d(1, 128, 1504, 4, has="b"),
     _causal_conv1d(0, 5, 7, 4, has="bifs"),
     _causal_conv1d(2, 5, 0, 4, has="bs"),
     _causal_conv1d(2, 0, 7, 4, has="bqs"),

@@ -48,9 +48,12 @@ typical_cases = pytest.mark.parametrize("case", TYPICAL, ids=lambda c: c.op)
 
 
 def differentiate(
-    case: Case, arguments: dict, smooth: Tensor | float = 1
+    case: Case, arguments: dict, smooth: Tensor | float = 1, laid_out: bool = False
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Results, and the gradient of every tensor argument for a fixed random gradient (times ``smooth``) of them."""
+    """Results, and the gradient of every tensor argument for a fixed random gradient (times ``smooth``) of them.
+
+    That is contiguous or, if ``laid_out``, has its result's layout.
+    """
     inputs = tensors(arguments)
     for tensor in inputs.values():
         tensor.requires_grad_()
@@ -58,6 +61,7 @@ def differentiate(
     generator = torch.Generator().manual_seed(1)
     # Rounded as float16 does, so that each dtype gets (nearly) the same.
     grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).half().to(r) * smooth for r in results]
+    grads = [torch.empty_like(r).copy_(g) for r, g in zip(results, grads, strict=True)] if laid_out else grads
     # The last state of an empty sequence is a constant.
     used = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
     found = torch.autograd.grad(
@@ -112,9 +116,9 @@ def check_against_truth(case: Case, dtype: torch.dtype, layout: str, device: str
     compare_with_truth(case, case.make(dtype, layout, device), truth(case, dtype, instruction_set, device))
 
 
-def compare_with_truth(case: Case, arguments: dict, found: tuple) -> None:
+def compare_with_truth(case: Case, arguments: dict, found: tuple, laid_out: bool = False) -> None:
     (exact, exact_grads), (plain, plain_grads), smooth = found
-    results, grads = differentiate(case, arguments, smooth)
+    results, grads = differentiate(case, arguments, smooth, laid_out)
     for i, result in enumerate(results):
         assert_close(result, exact[i], plain[i], f"result {i}")
     for name, grad in grads.items():
@@ -145,6 +149,13 @@ def test_gradient_with_channels_inside(case, dtype, layout):
             )
             found.append(torch.autograd.grad(result, given, grad.to(result.dtype))[0])
     assert_close(found[0], found[1], found[1].to(dtype))
+
+
+@pytest.mark.parametrize("case", cases("causal_conv1d_fn"), ids=str)
+@all_dtypes
+def test_gradients_of_results_with_channels_last(case, dtype, instruction_set):
+    """Those of the test above are contiguous."""
+    compare_with_truth(case, case.make(dtype, "channels_last"), truth(case, dtype, instruction_set), laid_out=True)
 
 
 # Images that are one in memory, or what both directions of a scan read.

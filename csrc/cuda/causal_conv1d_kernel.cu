@@ -261,6 +261,7 @@ const dim3 kBlock(kWarp, kWarps);
 }  // namespace
 
 void plan_causal_conv1d(CausalConv1dCudaParams& p) {
+  if (p.grad && causal_conv1d_takes_vectors(p)) return plan_causal_conv1d_vectors_bwd(p);
   constexpr int64_t kBlocksOfProcessor = 8;
   p.parts = ceil_div(p.length, chunk_of(p));
   p.range = between(items_of(p) / (multiprocessors() * kBlocksOfProcessor), 1, p.parts);
@@ -268,12 +269,14 @@ void plan_causal_conv1d(CausalConv1dCudaParams& p) {
 }
 
 cudaError_t causal_conv1d_fwd(const CausalConv1dCudaParams& p, cudaStream_t stream) {
+  if (causal_conv1d_takes_vectors(p)) return causal_conv1d_vectors(p, stream);
   return with_variant(p, [&](auto taps, auto numbered) {
     return launch(forward_kernel<taps, numbered>, p, items_of(p), kBlock, kWarps * kRow, stream);
   });
 }
 
 cudaError_t causal_conv1d_bwd(const CausalConv1dCudaParams& p, cudaStream_t stream) {
+  if (causal_conv1d_takes_vectors(p)) return causal_conv1d_vectors_bwd(p, stream);
   return with_variant(p, [&](auto taps, auto numbered) {
     return launch(backward_kernel<taps, numbered>, p, items_of(p), kBlock, kWarps * kRow, stream);
   });

@@ -172,19 +172,43 @@ __device__ __forceinline__ void store(const Elements& e, float value) {
   visit(e, [&](auto* p) { *p = from_float<std::remove_pointer_t<decltype(p)>>(value); });
 }
 
+// 2^x by the special-function units, to about 22 bits; float32 is computed with the library's function.
+template <class T>
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (!std::is_same_v<T, float>) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+  }
+#endif
+  return exp2f(x);
+}
+
+template <class T>
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (!std::is_same_v<T, float>) {
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+  }
+#endif
+  return 1.0f / x;
+}
+
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp2f(-kLog2E * x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // To a unit or two in the last place, or 1e-36: without the slow path of a division, which a quotient of this form
 // never takes.
-__device__ __forceinline__ float quick_silu(float x) {
+__device__ __forceinline__ float quick_sigmoid(float x) {
 #ifdef __CUDA_ARCH__
   float reciprocal;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + exp2f(-kLog2E * x)));
-  return x * reciprocal;
+  return reciprocal;
 #else
-  return silu(x);
+  return sigmoid(x);
 #endif
 }
+__device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 __device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(exp2f(kLog2E * x)); }
 
 __device__ __forceinline__ float activate(float x, Activation activation) {

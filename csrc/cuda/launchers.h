@@ -18,6 +18,12 @@ namespace mobilemamba {
 // Chooses the sizes of a launch on the current device, from the operands' sizes.
 void plan_causal_conv1d(CausalConv1dCudaParams& p);
 cudaError_t causal_conv1d_fwd(const CausalConv1dCudaParams& p, cudaStream_t stream);
+// Where channels or positions are dense, of which causal_conv1d_takes_vectors: the forward; the plan of a backward, and
+// the backward.
+bool causal_conv1d_takes_vectors(const CausalConv1dParams& p);
+cudaError_t causal_conv1d_vectors(const CausalConv1dParams& p, cudaStream_t stream);
+void plan_causal_conv1d_vectors_bwd(CausalConv1dCudaParams& p);
+cudaError_t causal_conv1d_vectors_bwd(const CausalConv1dCudaParams& p, cudaStream_t stream);
 // The gradients of x and of the initial states, and partial sums of those of the filter.
 cudaError_t causal_conv1d_bwd(const CausalConv1dCudaParams& p, cudaStream_t stream);
 cudaError_t causal_conv1d_update(const CausalConv1dUpdateParams& p, cudaStream_t stream);

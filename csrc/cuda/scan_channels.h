@@ -17,18 +17,6 @@ inline int64_t most_floats() {
   return (most < kMost ? most : kMost) / static_cast<int64_t>(sizeof(float));
 }
 
-// 2^x by the special-function units, to about 22 bits; float32 is computed with the library's function.
-template <class T>
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDA_ARCH__
-  if constexpr (!std::is_same_v<T, float>) {
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-  }
-#endif
-  return exp2f(x);
-}
-
 // log2(1 + power) of power = 2^x, to 17 bits where it is not float32. The special-function units' logarithm is exact to
 // 2^-22, which is much of a small one: that is the first terms of its series.
 template <class T>
@@ -43,17 +31,6 @@ __device__ __forceinline__ float softplus_of_two(float x, float power) {
 #endif
   value = power < 0.03125f ? series : value;
   return x > 20.0f * kLog2E ? x : value;
-}
-
-template <class T>
-__device__ __forceinline__ float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  if constexpr (!std::is_same_v<T, float>) {
-    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-  }
-#endif
-  return 1.0f / x;
 }
 
 // The slope of softplus at x ln 2, of power = 2^x.

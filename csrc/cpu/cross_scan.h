@@ -7,7 +7,7 @@
 BEGIN_KERNELS
 namespace {
 
-constexpr int64_t kCrossScanTile = CrossScanBlock::kCpu * CrossScanBlock::kCpu;  // the most elements of a block
+constexpr int64_t kCrossScanTile = CrossScanBlock::kSide * CrossScanBlock::kSide;  // the most elements of a block
 
 // Of channel, row and column.
 struct Steps {
@@ -30,7 +30,7 @@ INLINE CrossScanItem cross_scan_item(const CrossScanParams& p, const CrossScanBl
 // Calls f(item, first column, sizes of the block) for each block of some items.
 template <class F>
 INLINE void for_blocks(const CrossScanParams& p, int64_t begin, int64_t end, F f) {
-  const CrossScanBlock block(p, CrossScanBlock::kCpu);
+  const CrossScanBlock block(p);
   const auto rest = [](int64_t size, int64_t first, int64_t most) { return size - first < most ? size - first : most; };
   for (int64_t item = begin; item < end; ++item) {
     const CrossScanItem at = cross_scan_item(p, block, item);

@@ -17,15 +17,15 @@ struct CrossScanParams {
   Sequence sequence;
   int64_t next_sequence;
 
-  ANYWHERE int64_t images() const { return one_by_one ? batch * 4 : batch; }
+  int64_t images() const { return one_by_one ? batch * 4 : batch; }
   // The image of sequence k.
-  ANYWHERE Map image_of(int64_t k) const {
+  Map image_of(int64_t k) const {
     Map map = image;
     map.elements = image.elements + k * next_image;
     return map;
   }
   // Sequence k, seen as the map whose pixels it holds.
-  ANYWHERE Map map_of(int64_t k) const {
+  Map map_of(int64_t k) const {
     const bool by_columns = scans == Scans::kCross && k % 2, backwards = scans != Scans::kOneWay && k >= 2;
     int64_t first = 0, row = by_columns ? 1 : width, column = by_columns ? height : 1;
     if (backwards) first = height * width - 1, row = -row, column = -column;
@@ -34,15 +34,14 @@ struct CrossScanParams {
   }
 };
 
-// Channels, rows and columns of an image that are worked on at a time: where neighbours in memory are channels,
+// Channels, rows and columns of an image that a CPU works on at a time: where neighbours in memory are channels,
 // columns, or each on one side.
 struct CrossScanBlock {
-  static constexpr int64_t kCpu = 64, kGpu = 32;  // sides
+  static constexpr int64_t kSide = 64;  // the most rows and columns, where neighbours are columns
 
   int64_t size[3];
 
-  // side: the most rows and columns, where neighbours are columns.
-  ANYWHERE CrossScanBlock(const CrossScanParams& p, int64_t side) {
+  explicit CrossScanBlock(const CrossScanParams& p) {
     const bool image_inside = p.image.channel < p.image.column;
     const bool sequence_inside = p.sequence.channel < p.sequence.position;
     if (image_inside != sequence_inside) {
@@ -50,8 +49,8 @@ struct CrossScanBlock {
     } else if (image_inside) {
       size[0] = 256, size[1] = 1, size[2] = 4;
     } else {
-      size[1] = p.height < side ? p.height : side, size[2] = p.width < side ? p.width : side;
-      const int64_t small = side * side / (size[1] * (size[2] + 1) + 1);  // images, each with room for padding
+      size[1] = p.height < kSide ? p.height : kSide, size[2] = p.width < kSide ? p.width : kSide;
+      const int64_t small = kSide * kSide / (size[1] * (size[2] + 1) + 1);  // images, each with room for padding
       size[0] = small > 1 ? small : 1;
     }
   }
@@ -62,14 +61,14 @@ struct Order {
   int dim[3];
 
   template <class Size>
-  ANYWHERE Order(const int64_t (&steps)[3], const Size (&sizes)[3]) : dim{0, 1, 2} {
+  Order(const int64_t (&steps)[3], const Size (&sizes)[3]) : dim{0, 1, 2} {
     int64_t step[3];
     for (int i = 0; i < 3; ++i) step[i] = sizes[i] == 1 ? INT64_MAX : steps[i] < 0 ? -steps[i] : steps[i];
     sort(step, 0), sort(step, 1), sort(step, 0);
   }
 
  private:
-  ANYWHERE void sort(int64_t (&step)[3], int i) {
+  void sort(int64_t (&step)[3], int i) {
     if (step[i] >= step[i + 1]) return;
     const int64_t other = step[i];
     const int other_dim = dim[i];

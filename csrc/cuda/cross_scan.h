@@ -17,18 +17,6 @@ namespace mobilemamba {
 constexpr int kCrossThreads = 256;
 enum : int { kChannel, kRow, kColumn };  // dimensions of an image
 
-// Divides numbers i for which i * divisor < 2^31.
-struct Divisor {
-  unsigned divisor = 1, reciprocal = 1u << 31;
-
-  Divisor() = default;
-  explicit Divisor(int64_t d)
-      : divisor(static_cast<unsigned>(d)), reciprocal(static_cast<unsigned>(ceil_div(int64_t{1} << 31, d))) {}
-  __device__ __forceinline__ unsigned quotient(unsigned i) const {
-    return static_cast<unsigned>(uint64_t{i} * reciprocal >> 31);
-  }
-};
-
 struct CrossPlan : CrossScanParams {
   bool image_inside, sequence_inside;
   int channel_run, position_run;

@@ -97,12 +97,14 @@ struct SmallDivisor {
 
 // Divides numbers i for which i * divisor < 2^31.
 struct Divisor {
-  uint32_t reciprocal = 1u << 31;  // rounded up
+  unsigned divisor = 1, reciprocal = 1u << 31;  // rounded up
 
   Divisor() = default;
-  ANYWHERE explicit Divisor(int64_t d) : reciprocal(static_cast<uint32_t>(((int64_t{1} << 31) + d - 1) / d)) {}
-  __device__ __forceinline__ int quotient(int i) const {
-    return static_cast<int>(uint64_t{2 * static_cast<uint32_t>(i)} * reciprocal >> 32);
+  ANYWHERE explicit Divisor(int64_t d)
+      : divisor(static_cast<unsigned>(d)), reciprocal(static_cast<unsigned>(((int64_t{1} << 31) + d - 1) / d)) {}
+  template <class Int>
+  __device__ __forceinline__ Int quotient(Int i) const {
+    return static_cast<Int>(uint64_t{2 * static_cast<unsigned>(i)} * reciprocal >> 32);
   }
 };
 

@@ -575,9 +575,9 @@ CASES: tuple[Case, ...] = (
             _cross(op, 2, 5, 7, 19, 2, has="i"),
             _cross(op, 2, 5, 7, 4, has="1"),
             _cross(op, 2, 20, 17, 4, 2, has="o1"),
-            _cross(op, 2, 24, 8, 16),  # vectors of channels and of positions, some shorter, and several tiles on GPUs
-            _cross(op, 1, 48, 72, 16, has="i"),
-            _cross(op, 1, 72, 20, 28, has="o"),
+            _cross(op, 2, 8, 8, 72),  # vectors of channels and of positions, some shorter, and several tiles on GPUs
+            _cross(op, 1, 48, 16, 72, has="i"),
+            _cross(op, 1, 72, 6, 76, has="o"),
             _cross(op, 2, 24, 6, 10, has="i"),
             _cross(op, 2, 24, 8, 6, has="io"),
             _cross(op, 1, 8, 8, 16, 2, has="i1"),

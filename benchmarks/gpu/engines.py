@@ -199,7 +199,7 @@ def _mamba_ssm(case: Case, a: dict[str, Any], grads: Sequence[Tensor] | None) ->
         # out, x and, with a gate, the gated result
         return Call(forward, lambda found: {"result 0": _sum_ways(case, [f[2] if len(f) > 2 else f[0] for f in found])})
     kept = forward()
-    turned = [grads[0].contiguous(), grads[0].flip(-1)]
+    turned = [grads[0].contiguous(), grads[0].flip(-1).contiguous()]
 
     def backward() -> list[Any]:
         return [

@@ -9,10 +9,11 @@ namespace {
 
 template <class T, int kRun>
 __device__ __forceinline__ Run<float, kRun> widened(const Run<T, kRun>& run) {
+  using Narrow = Run<T, kRun>;
   Run<float, kRun> wide;
 #pragma unroll
-  for (int i = 0; i < run.kWords; ++i) {
-    if constexpr (run.kPerWord == 2) {
+  for (int i = 0; i < Narrow::kWords; ++i) {
+    if constexpr (Narrow::kPerWord == 2) {
       const float2 two = TwoChannels<T>{{run.words[i]}}.floats();
       wide.words[2 * i] = two.x, wide.words[2 * i + 1] = two.y;
     } else {
@@ -24,10 +25,11 @@ __device__ __forceinline__ Run<float, kRun> widened(const Run<T, kRun>& run) {
 
 template <class T, int kRun>
 __device__ __forceinline__ Run<T, kRun> narrowed(const Run<float, kRun>& wide) {
-  Run<T, kRun> run;
+  using Narrow = Run<T, kRun>;
+  Narrow run;
 #pragma unroll
-  for (int i = 0; i < run.kWords; ++i) {
-    if constexpr (run.kPerWord == 2)
+  for (int i = 0; i < Narrow::kWords; ++i) {
+    if constexpr (Narrow::kPerWord == 2)
       run.words[i] = TwoChannels<T>::of({wide.words[2 * i], wide.words[2 * i + 1]}).words[0];
     else
       run.words[i] = from_float<T>(wide.words[i]);

@@ -4,25 +4,27 @@
 // A block has 64 channels of a group, a warp for each direction. B, C and, projected, the rows of Δ lie in shared
 // memory, where all lanes read the same; what is read a channel comes in pairs, kAhead positions before it is used. Two
 // directions meet in the middle: until then each leaves what it adds to y, from there on it finds the other's, adds it
-// and writes the result. It leaves it in y itself where that is float32, else in shared memory, without the last eight
-// bits: how many blocks a multiprocessor has room for decides how fast this is. Bytes: u once and once more from the L2
-// cache, delta, z and y once. Bound by the special-function units: three operations an element and direction.
+// and writes the result. It leaves it in shared memory; of long sequences, which would leave room for few blocks a
+// multiprocessor, in y itself where that is float32, else without the last eight bits. Bytes: u once and once more from
+// the L2 cache, delta, z and y once. Bound by the special-function units: three operations an element and direction.
 #include "cuda/launchers.h"
 #include "cuda/scan_channels.h"
 
 namespace mobilemamba {
 namespace {
 
+enum class Leaves { kFloats, kShortFloats, kInOut };  // what a direction leaves, and where
+
 // Blocks that registers leave room for on a multiprocessor, as far as nothing spills.
 template <class T, int kRank>
 constexpr int kBlocks = kRank == 0 || sizeof(T) != 2 || (kRank > 12 && std::is_same_v<T, __half>) ? 1 : 6;
 
 // T: of u, delta and z. kRank: 0, or what Δ's rank is filled up to with zeros.
-template <class T, class TOut, int kRank, int kDirections, bool kSoftplus>
+template <class T, class TOut, int kRank, int kDirections, bool kSoftplus, Leaves kLeaves>
 __global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank>)
     channels_kernel(SelectiveScanCudaParams p, int64_t first_item) {
   constexpr int kThreads = kDirections * kWarp;
-  constexpr bool kLeavesInOut = std::is_same_v<TOut, float>;
+  constexpr bool kLeavesInOut = kLeaves == Leaves::kInOut;
   const int64_t item = first_item + blockIdx.x, per_group = p.dim / p.groups;
   const int64_t slice = item % p.slices, group = item / p.slices % p.groups, batch = item / p.slices / p.groups;
   const int lane = threadIdx.x, k = kDirections == 2 ? threadIdx.y : 0, thread = k * kWarp + lane;
@@ -34,7 +36,8 @@ __global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank>)
   // In shared memory, positions in the order of the direction.
   float2* coefficients = reinterpret_cast<float2*>(shared_memory);  // (directions, length) of B ln 2 and C
   float* low = shared_memory + kDirections * 2 * length;            // (directions, length, kRank)
-  const LeftSums<TOut> left(low + kDirections * kRank * length, length, lane);
+  const LeftSums<std::conditional_t<kLeaves == Leaves::kShortFloats, TOut, float>> left(
+      low + kDirections * kRank * length, length, lane);
   const int middle = kDirections == 2 ? (k ? length / 2 : length - length / 2) : 0;
   read_all_coefficients<kDirections>(coefficients, p, batch, group, kLn2);
 #pragma unroll
@@ -173,31 +176,50 @@ __global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank>)
 // What rank is filled up to, 0 where it is too large.
 int rank_of(const SelectiveScanCudaParams& p) { return p.rank <= 12 ? 12 : p.rank <= 20 ? 20 : 0; }
 
-int64_t floats_of(const SelectiveScanCudaParams& p) {
+int64_t floats_of(const SelectiveScanCudaParams& p, Leaves leaves) {
   const int64_t low = p.projected ? rank_of(p) : 0;
-  const int64_t waiting =
-      p.directions == 2 && p.out.elements.dtype != DType::kFloat32 ? left_floats(p.out.elements.dtype) : 0;
+  const int64_t waiting = p.directions == 1 || leaves == Leaves::kInOut ? 0
+                          : leaves == Leaves::kFloats                   ? left_floats(DType::kFloat32)
+                                                                        : left_floats(p.out.elements.dtype);
   return (p.directions * (2 + low) + waiting) * p.length;
+}
+
+Leaves leaves_of(const SelectiveScanCudaParams& p) {
+  constexpr int64_t kFewFloats = 8 << 10;  // of which a large multiprocessor has room for six blocks
+  if (p.directions == 1 || (p.softplus && floats_of(p, Leaves::kFloats) <= kFewFloats)) return Leaves::kFloats;
+  return p.out.elements.dtype == DType::kFloat32 ? Leaves::kInOut : Leaves::kShortFloats;
 }
 
 bool fits_forward(const SelectiveScanCudaParams& p) {
   const DType dtype = p.u.elements.dtype;
   const bool projects = p.directions == 2 && rank_of(p) != 0 && p.dt_low.elements.dtype == DType::kFloat32;
-  return floats_of(p) <= most_floats() && (!p.projected || projects) && (!p.z || reads_pairs(p.z, dtype)) &&
-         reads_pairs(p.out, p.projected ? DType::kFloat32 : dtype);
+  return floats_of(p, leaves_of(p)) <= most_floats() && (!p.projected || projects) &&
+         (!p.z || reads_pairs(p.z, dtype)) && reads_pairs(p.out, p.projected ? DType::kFloat32 : dtype);
+}
+
+template <class T, class TOut, int kRank, int kDirections, bool kSoftplus>
+cudaError_t launch_kernel(const SelectiveScanCudaParams& p, cudaStream_t stream) {
+  constexpr Leaves kLong = std::is_same_v<TOut, float> ? Leaves::kInOut : Leaves::kShortFloats;
+  const Leaves leaves = leaves_of(p);
+  const auto go = [&](auto kernel) {
+    const dim3 block(kWarp, kDirections);
+    return launch(kernel, p, p.batch * p.groups * p.slices, block, floats_of(p, leaves), stream);
+  };
+  if constexpr (kDirections == 2)
+    if (leaves == kLong) return go(channels_kernel<T, TOut, kRank, 2, kSoftplus, kLong>);
+  if constexpr (kDirections == 1 || kSoftplus)
+    return go(channels_kernel<T, TOut, kRank, kDirections, kSoftplus, Leaves::kFloats>);
+  return cudaErrorInvalidValue;
 }
 
 template <class T>
 cudaError_t launch_type(const SelectiveScanCudaParams& p, cudaStream_t stream) {
-  const auto go = [&](auto kernel) {
-    const dim3 block(kWarp, static_cast<unsigned>(p.directions));
-    return launch(kernel, p, p.batch * p.groups * p.slices, block, floats_of(p), stream);
-  };
   if (p.projected)
-    return rank_of(p) == 12 ? go(channels_kernel<T, float, 12, 2, true>) : go(channels_kernel<T, float, 20, 2, true>);
+    return rank_of(p) == 12 ? launch_kernel<T, float, 12, 2, true>(p, stream)
+                            : launch_kernel<T, float, 20, 2, true>(p, stream);
   if (p.directions == 2)
-    return p.softplus ? go(channels_kernel<T, T, 0, 2, true>) : go(channels_kernel<T, T, 0, 2, false>);
-  return p.softplus ? go(channels_kernel<T, T, 0, 1, true>) : go(channels_kernel<T, T, 0, 1, false>);
+    return p.softplus ? launch_kernel<T, T, 0, 2, true>(p, stream) : launch_kernel<T, T, 0, 2, false>(p, stream);
+  return p.softplus ? launch_kernel<T, T, 0, 1, true>(p, stream) : launch_kernel<T, T, 0, 1, false>(p, stream);
 }
 
 }  // namespace

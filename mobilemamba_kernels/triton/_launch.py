@@ -28,17 +28,24 @@ _recorded: list[tuple[Any, dict[str, Any], dict[str, int]]] | None = None
 
 
 def launch(
-    kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, maxnreg: int | None = None, **constants: Any
+    kernel: Any,
+    programs: int,
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
+    **constants: Any,
 ) -> None:
     """Run ``kernel`` on the device of its first tensor; not at all for no programs.
 
     Args:
         num_warps: of a program.
+        num_stages: tiles of factors that are on their way or in use, in a loop of products.
         maxnreg: most registers of a thread; None leaves them to the compiler.
     """
     if not programs:
         return
-    options = {"num_warps": num_warps} | ({} if maxnreg is None else {"maxnreg": maxnreg})
+    options = {"num_warps": num_warps, "num_stages": num_stages} | ({} if maxnreg is None else {"maxnreg": maxnreg})
     if _recorded is not None:
         _recorded.append((kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants, options))
         return

@@ -24,6 +24,7 @@ from mobilemamba_kernels.triton._launch import Configuration, blocks, every_map,
 from mobilemamba_kernels.triton._products import (
     at_positions,
     finished,
+    fitting_block,
     multiplication,
     multiplied_as,
     product,
@@ -115,12 +116,17 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     few = channels <= _FEW_CHANNELS
     multiplied = multiplied_as(x.dtype, weight)
     vector = vector_of((), y, outputs) if few else vector_of((x, y), matrix, channels, outputs)
-    most = 256 if channels <= 32 else 128
-    positions, across, depth, options = product_tile(count, outputs, k * k * channels, multiplied, vector, most)
+    positions, across, depth, options = product_tile(count, outputs, k * k * channels, multiplied, vector)
     if few and multiplied != torch.float32:
         large = min(128, 4096 // across)  # more sums would not fit beside the addresses
-        positions, options = large if blocks(count, large) >= BUSY else 32, {"num_warps": 4}
+        positions, options = (large, {"num_warps": 2}) if blocks(count, large) >= BUSY else (32, {"num_warps": 4})
         depth = min(depth, 32)
+    elif positions == 128 and vector == 8:  # by a sweep on an H200: all outputs at once, or twice as many positions
+        across = fitting_block(outputs, 128) if outputs <= 128 else across
+        if across == 128:
+            options = {"num_warps": 8}
+        elif outputs <= across and blocks(count, 256) >= BUSY:
+            positions, options = 256, {"num_warps": 4, "num_stages": 2}
     multiply_type, precision = multiplication(multiplied)
     launch(
         _few_channels_kernel if few else _kernel, blocks(count, positions) * blocks(outputs, across),

@@ -172,6 +172,7 @@ bench() { # PART SECONDS
   [[ $1 == operators && $select ]] && options+=(--only "$select")
   [[ $dry_run ]] && options+=(--dtype bfloat16)
   within "$(($2 + 40))" "$python" -m gpu "$1" "${options[@]}"
+  [[ $1 == operators ]] || "$python" -m gpu kernels --output "$output"
   "$python" -m gpu charts "$output"
 }
 

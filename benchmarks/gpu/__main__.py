@@ -26,6 +26,8 @@ def main() -> None:
     part.add_argument("--seconds", type=float, default=300)
     part = parts.add_parser("charts", help="draw what was measured")
     part.add_argument("folder", type=Path)
+    part = parts.add_parser("kernels", help="list S6's kernels with their times")
+    part.add_argument("--output", type=Path, required=True, help="folder for the list")
     part = parts.add_parser("mamba-ssm", help="build mamba-ssm's extension from its source distribution")
     part.add_argument("archive", type=Path)
     part.add_argument("folder", type=Path)
@@ -45,6 +47,10 @@ def main() -> None:
         from gpu.exercise import exercise
 
         print(exercise(arguments.backend, arguments.seconds))
+    elif arguments.part == "kernels":
+        from gpu.kernels import list_kernels
+
+        (arguments.output / "s6-kernels.txt").write_text(list_kernels(), encoding="utf-8")
     elif arguments.part == "mamba-ssm":
         from gpu.engines import build_mamba_ssm
 

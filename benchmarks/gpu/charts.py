@@ -37,15 +37,26 @@ def draw(folder: Path) -> list[Path]:
     return drawn
 
 
-def _bars(axis: Any, groups: dict[str, dict[str, float]], series: Sequence[str]) -> None:
-    height = 0.8 / max(1, len(series))
-    for i, name in enumerate(series):
-        found = [(y + i * height, group[name]) for y, group in enumerate(groups.values()) if name in group]
-        axis.barh([y for y, _ in found], [v for _, v in found], height, label=name, color=_COLOURS[i % len(_COLOURS)])
-    axis.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], list(groups), fontsize=7)
-    axis.invert_yaxis()
+def _bars(axis: Any, groups: dict[str, dict[str, float]], series: Sequence[str]) -> int:
+    """A bar a value, one below the other, groups a bar apart; how many bars high that is."""
+    ticks, y = [], 0
+    places: dict[str, list[tuple[int, float]]] = {name: [] for name in series}
+    for group in groups.values():
+        present = [name for name in series if name in group]
+        ticks.append(y + (len(present) - 1) / 2)
+        for name in present:
+            places[name].append((y, group[name]))
+            y += 1
+        y += 1
+    for i, (name, found) in enumerate(places.items()):
+        if not found:
+            continue
+        axis.barh([at for at, _ in found], [v for _, v in found], 1, label=name, color=_COLOURS[i % len(_COLOURS)])
+    axis.set_yticks(ticks, list(groups), fontsize=7)
+    axis.set_ylim(y - 0.5, -1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7)
+    return y
 
 
 def _draw_operators(rows: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -53,16 +64,17 @@ def _draw_operators(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     series = list(dict.fromkeys(row["engine"] for row in rows))
-    most = max(len({(r["op"], r["case"]) for r in rows if r["direction"] == d}) for d in {r["direction"] for r in rows})
-    figure, axes = plt.subplots(1, 2, figsize=(17, 1.5 + 0.11 * most * (len(series) + 1)), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(17, 1.5 + 0.13 * len(rows)), layout="constrained")
+    heights = []
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
         groups: dict[str, dict[str, float]] = {}
         for row in (r for r in rows if r["direction"] == direction):
             groups.setdefault(f"{row['op']}\n{row['case']}", {})[row["engine"]] = 100 * row["share_of_floor"]
-        _bars(axis, groups, series)
-        axis.set_ylim(most, -0.5)  # bars of one height in both panels
+        heights.append(_bars(axis, groups, series))
         axis.set_title(direction, fontsize=10)
         axis.set_xlabel("% of the lower of copy bandwidth and arithmetic ceiling")
+    for axis in axes:
+        axis.set_ylim(max(heights) - 0.5, -1)  # bars of one height in both panels
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

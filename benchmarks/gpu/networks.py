@@ -54,11 +54,11 @@ def _network(name: str) -> Any:
     return network.to(DEVICE)
 
 
-def _size(name: str) -> int:
+def image_size(name: str) -> int:
     return 48 if DRY_RUN else mobilemamba.VARIANTS[name].image_size
 
 
-def _ours(name: str, dtype: torch.dtype) -> Any:
+def build_ours(name: str, dtype: torch.dtype) -> Any:
     return mobilemamba.optimize_for_inference(_network(name), dtype)
 
 
@@ -101,7 +101,7 @@ _OFFICIAL = "model.mobilemamba.mobilemamba"
 # Without its extension it would loop over the positions in Python, as it does on a CPU.
 _SCAN = () if DRY_RUN else ("selective_scan_cuda_oflex",)
 _ENGINES = {
-    "ours": _Engine(_ours),
+    "ours": _Engine(build_ours),
     "plain PyTorch": _Engine(_plain, lambda: use_backend("reference")),
     # Contiguous, as its own benchmark runs it: around its scan it copies whatever is not.
     "official": _Engine(_official, layout=torch.contiguous_format, modules=(*_SCAN, _OFFICIAL)),
@@ -153,10 +153,10 @@ def _measure_one(
     results: Results, engines: dict[str, _Engine], model: str, batch: int, dtype: str, modes: Sequence[str]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 3, _size(model), _size(model), generator=generator)
+    x = torch.randn(batch, 3, image_size(model), image_size(model), generator=generator)
     x = x.to(DEVICE, DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
     exact, plain = _truth(model, x)
-    macs = mobilemamba.count_macs(_network(model), _size(model))
+    macs = mobilemamba.count_macs(_network(model), image_size(model))
     ready: list[tuple[dict[str, Any], Run]] = []
     for name, engine in engines.items():
         for mode in modes:

@@ -6,8 +6,8 @@ weights stream by in blocks of hidden channels out of the L2 cache. x, the resid
 Two products run instead where they are faster, by what 192, 384 and 448 channels tell: few positions fit beside the
 sums of all of them, and for those all weights come out of the L2 cache (on an H200 at 192 channels 61 µs, two products
 82; at 384 channels 127 and 59). At 448 channels, S6's last stage, they would be faster too (86 and 41), but of S6's 100
-launches two are left. They run also where channels are not neighbours, where positions are few, and where float32 is
-multiplied, which is bound by arithmetic.
+launches three are left, and it has four of them. They run also where channels are not neighbours, where positions are
+few, and where float32 is multiplied, which is bound by arithmetic.
 """
 
 from __future__ import annotations

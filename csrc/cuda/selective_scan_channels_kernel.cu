@@ -16,12 +16,12 @@ namespace {
 enum class Leaves { kFloats, kShortFloats, kInOut };  // what a direction leaves, and where
 
 // Blocks that registers leave room for on a multiprocessor, as far as nothing spills.
-template <class T, int kRank>
-constexpr int kBlocks = kRank == 0 || sizeof(T) != 2 || (kRank > 12 && std::is_same_v<T, __half>) ? 1 : 6;
+template <class T, int kRank, Leaves kLeaves>
+constexpr int kBlocks = kRank == 0 || sizeof(T) != 2 || (kRank > 12 && kLeaves == Leaves::kInOut) ? 1 : 6;
 
 // T: of u, delta and z. kRank: 0, or what Δ's rank is filled up to with zeros.
 template <class T, class TOut, int kRank, int kDirections, bool kSoftplus, Leaves kLeaves>
-__global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank>)
+__global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank, kLeaves>)
     channels_kernel(SelectiveScanCudaParams p, int64_t first_item) {
   constexpr int kThreads = kDirections * kWarp;
   constexpr bool kLeavesInOut = kLeaves == Leaves::kInOut;

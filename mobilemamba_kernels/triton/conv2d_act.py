@@ -20,7 +20,16 @@ from torch import Tensor
 from mobilemamba_kernels.ops._convolutions import empty_image, output_size
 from mobilemamba_kernels.ops.conv2d_act import filter_size
 from mobilemamba_kernels.ops.pack_weight import outputs_of, unpack_weight
-from mobilemamba_kernels.triton._launch import Configuration, blocks, every_map, index_type, launch, record, strides_of
+from mobilemamba_kernels.triton._launch import (
+    Configuration,
+    blocks,
+    every_map,
+    index_type,
+    launch,
+    record,
+    shared_memory,
+    strides_of,
+)
 from mobilemamba_kernels.triton._products import (
     at_positions,
     finished,
@@ -119,14 +128,18 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     positions, across, depth, options = product_tile(count, outputs, k * k * channels, multiplied, vector)
     if few and multiplied != torch.float32:
         large = min(128, 4096 // across)  # more sums would not fit beside the addresses
-        positions, options = (large, {"num_warps": 2}) if blocks(count, large) >= BUSY else (32, {"num_warps": 4})
+        positions, options = large if blocks(count, large) >= BUSY else 32, {"num_warps": 4}
         depth = min(depth, 32)
+        if positions == 128 and k * k * channels <= depth:
+            options = {"num_warps": 2}
     elif positions == 128 and vector == 8:  # by a sweep on an H200: all outputs at once, or twice as many positions
-        across = fitting_block(outputs, 128) if outputs <= 128 else across
-        if across == 128:
-            options = {"num_warps": 8}
-        elif outputs <= across and blocks(count, 256) >= BUSY:
-            positions, options = 256, {"num_warps": 4, "num_stages": 2}
+        if 64 < outputs <= 128:
+            across = fitting_block(outputs, 128)
+            options = {"num_warps": 8 if across == 128 else 4}
+        elif outputs <= 64 and blocks(count, 256) >= BUSY:
+            positions = 256
+            stage = (positions + across) * depth * multiplied.itemsize
+            options = {"num_warps": 8, "num_stages": 3 if 3 * stage <= shared_memory(x.device) else 2}
     multiply_type, precision = multiplication(multiplied)
     launch(
         _few_channels_kernel if few else _kernel, blocks(count, positions) * blocks(outputs, across),

@@ -51,6 +51,7 @@ def resources(report: str) -> Iterator[tuple[str, dict[str, int]]]:
 def demangle(names: list[str]) -> dict[str, str]:
     """Names as C++ writes them, without namespaces and arguments."""
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    done = [re.sub(r"\(mobilemamba::(\(anonymous namespace\)::)?\w+\)(?=\d)", "", name) for name in done]  # of an enum
     short = [re.sub(r"\(mobilemamba::.*|\(anonymous namespace\)::|mobilemamba::|^void ", "", name) for name in done]
     return dict(zip(names, short, strict=True))
 

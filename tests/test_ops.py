@@ -158,6 +158,17 @@ def test_gradients_of_results_with_channels_last(case, dtype, instruction_set):
     compare_with_truth(case, case.make(dtype, "channels_last"), truth(case, dtype, instruction_set), laid_out=True)
 
 
+@all_dtypes
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_directions_that_cancel(dtype, layout):
+    """What a kernel keeps of one direction until the other comes has more digits than the result."""
+    case = BUILDERS["bidirectional_selective_scan"](2, 8, 16, 1, has="D")
+    arguments = case.make(dtype, layout)
+    arguments["D"][0], arguments["D"][1] = 100, -100
+    (exact,), (plain,) = reference(case, arguments, exact=True), reference(case, arguments)
+    assert_close(case.run(arguments)[0], exact, plain)
+
+
 # Images that are one in memory, or what both directions of a scan read.
 @pytest.mark.parametrize(
     ("case", "dimension"),

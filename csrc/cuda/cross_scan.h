@@ -256,11 +256,16 @@ inline CrossPlan plan_cross(const CrossScanParams& params, int64_t element, int6
   const auto share_of = [](int64_t size, int64_t most, int64_t unit) {
     return unit * share(ceil_div(size, unit), most / unit);
   };
-  const int64_t least[3] = {p.image_inside && p.channels >= vector ? vector : channel_run,
-                            p.sequence_inside ? 1 : position_run, position_run};
+  int64_t least[3] = {p.image_inside && p.channels >= vector ? vector : channel_run,
+                      p.sequence_inside ? 1 : position_run, position_run};
   const int64_t most_channels = !p.sequence_inside ? 4096 : p.image_inside ? 64 * vector : 8 * vector;
-  int64_t size[3] = {share_of(p.channels, most_channels, least[kChannel]), share_of(p.height, kMostSide, position_run),
-                     share_of(p.width, kMostSide, position_run)};
+  int64_t size[3];
+  const auto begin = [&] {
+    size[kChannel] = share_of(p.channels, most_channels, least[kChannel]);
+    size[kRow] = share_of(p.height, kMostSide, position_run);
+    size[kColumn] = share_of(p.width, kMostSide, position_run);
+  };
+  begin();
   const auto pitch = [&] { return size[kRow] * size[kColumn] + ceil_div(size[kRow], position_run) * position_run; };
   const auto bytes_of_tile = [&] {
     const int64_t room = channel_run > position_run ? channel_run : position_run;
@@ -289,7 +294,10 @@ inline CrossPlan plan_cross(const CrossScanParams& params, int64_t element, int6
     if (p.sequence_inside ? smaller(kRow) || smaller(kColumn) || smaller(kChannel)
                           : smaller(kChannel) || smaller(longer) || smaller(kRow + kColumn - longer))
       continue;
-    channel_run = position_run = size[0] = size[1] = size[2] = 1;
+    // Steps so wide that 32 bits do not reach over a run's neighbours: single channels, then single elements.
+    if (least[kChannel] == 1) position_run = least[kRow] = least[kColumn] = 1;
+    channel_run = least[kChannel] = 1;
+    begin();
   }
 
   const int64_t whole[3] = {p.channels, p.height, p.width};
@@ -331,6 +339,7 @@ cudaError_t launch_cross(const CrossScanParams& params, int64_t element, KernelO
                               : with_channels(std::integral_constant<int, kVector>{});
   });
   const int64_t blocks = int64_t{p.tiles[0]} * p.tiles[1] * p.tiles[2] * (p.one_by_one ? 4 : 1);
+  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
   const int64_t most = kMostBlocks / blocks;
   cudaError_t error = cudaSuccess;
   for (int64_t rest = p.batch; rest > 0 && error == cudaSuccess; rest -= most) {

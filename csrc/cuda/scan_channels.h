@@ -58,10 +58,18 @@ __device__ __forceinline__ float sum_and_scatter(float (&v)[16], int lane) {
 }
 
 // What one direction leaves of a sum for the other, in shared memory: (length, lanes) of two channels. Of what becomes
-// 16 bits the last eight bits of a float are left out: the room that it takes decides how many blocks a multiprocessor
-// has.
+// bfloat16 the last eight bits of a float are left out: 2^-15 of it, where the result is rounded to 2^-9. The room that
+// it takes decides how many blocks a multiprocessor has.
 template <class T>
 struct LeftSums {
+  float2* sums;
+
+  __device__ LeftSums(float* memory, int64_t, int lane) : sums(reinterpret_cast<float2*>(memory) + lane) {}
+  __device__ __forceinline__ void put(int position, float2 sum) const { sums[position * kWarp] = sum; }
+  __device__ __forceinline__ float2 get(int position) const { return sums[position * kWarp]; }
+};
+template <>
+struct LeftSums<__nv_bfloat16> {
   uint32_t* upper;  // halves of both floats
   uint16_t* lower;  // bytes of both
 
@@ -82,16 +90,8 @@ struct LeftSums {
     return sum;
   }
 };
-template <>
-struct LeftSums<float> {
-  float2* sums;
-
-  __device__ LeftSums(float* memory, int64_t, int lane) : sums(reinterpret_cast<float2*>(memory) + lane) {}
-  __device__ __forceinline__ void put(int position, float2 sum) const { sums[position * kWarp] = sum; }
-  __device__ __forceinline__ float2 get(int position) const { return sums[position * kWarp]; }
-};
 // Floats of a position.
-inline int64_t left_floats(DType dtype) { return dtype == DType::kFloat32 ? kChannels : kChannels * 3 / 4; }
+inline int64_t left_floats(DType dtype) { return dtype == DType::kBFloat16 ? kChannels * 3 / 4 : kChannels; }
 
 // Starts a copy of one float to shared memory, which wait_for_copies() waits for.
 __device__ __forceinline__ void start_copy(float* to, const float* from) {

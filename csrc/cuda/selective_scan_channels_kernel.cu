@@ -5,8 +5,9 @@
 // memory, where all lanes read the same; what is read a channel comes in pairs, kAhead positions before it is used. Two
 // directions meet in the middle: until then each leaves what it adds to y, from there on it finds the other's, adds it
 // and writes the result. It leaves it in shared memory; of long sequences, which would leave room for few blocks a
-// multiprocessor, in y itself where that is float32, else without the last eight bits. Bytes: u once and once more from
-// the L2 cache, delta, z and y once. Bound by the special-function units: three operations an element and direction.
+// multiprocessor, in y itself where that is float32, and without the last bits where it is bfloat16 (what D adds, which
+// may be large and cancel, comes last then). Bytes: u once and once more from the L2 cache, delta, z and y once. Bound
+// by the special-function units: three operations an element and direction.
 #include "cuda/launchers.h"
 #include "cuda/scan_channels.h"
 
@@ -14,6 +15,12 @@ namespace mobilemamba {
 namespace {
 
 enum class Leaves { kFloats, kShortFloats, kInOut };  // what a direction leaves, and where
+
+// Of long sequences.
+template <class TOut>
+constexpr Leaves kLongLeaves = std::is_same_v<TOut, float>           ? Leaves::kInOut
+                               : std::is_same_v<TOut, __nv_bfloat16> ? Leaves::kShortFloats
+                                                                     : Leaves::kFloats;
 
 // Blocks that registers leave room for on a multiprocessor, as far as nothing spills.
 template <class T, int kRank, Leaves kLeaves>
@@ -65,6 +72,9 @@ __global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank, kLeaves>
   float2 A = read_pair(p.A, k, channel), bias = read_pair(p.delta_bias, k, channel);
   const float2 skip = read_pair(p.D, k, channel);
   const bool skips = static_cast<bool>(p.D);  // 0 · infinity is NaN
+  [[maybe_unused]] const bool skips_last = kLeaves == Leaves::kShortFloats && p.u.direction == 0;
+  [[maybe_unused]] float2 other_skip;
+  if constexpr (kLeaves == Leaves::kShortFloats) other_skip = read_pair(p.D, 1 - k, channel);
   if (kRank != 0) A = {-expf(A.x), -expf(A.y)};
   bias = {kLog2E * bias.x, kLog2E * bias.y};
   wait_for_copies();
@@ -122,7 +132,12 @@ __global__ void __launch_bounds__(kDirections* kWarp, kBlocks<T, kRank, kLeaves>
         h.x = power_of_two<T>(t.x * A.x) * h.x + t.x * x[j].x * bc.x;
         h.y = power_of_two<T>(t.y * A.y) * h.y + t.y * x[j].y * bc.x;
         float2 y{bc.y * h.x, bc.y * h.y};
-        if (skips) y.x += skip.x * x[j].x, y.y += skip.y * x[j].y;
+        if constexpr (kLeaves == Leaves::kShortFloats) {
+          if (skips && (kLast || !skips_last)) y.x += skip.x * x[j].x, y.y += skip.y * x[j].y;
+          if (kLast && skips && skips_last) y.x += other_skip.x * x[j].x, y.y += other_skip.y * x[j].y;
+        } else if (skips) {
+          y.x += skip.x * x[j].x, y.y += skip.y * x[j].y;
+        }
         x[j] = y;
         if constexpr (kDirections == 2 && kLast) {
           const float2 other = kLeavesInOut ? found[j].floats() : left.get(find - j);
@@ -180,14 +195,14 @@ int64_t floats_of(const SelectiveScanCudaParams& p, Leaves leaves) {
   const int64_t low = p.projected ? rank_of(p) : 0;
   const int64_t waiting = p.directions == 1 || leaves == Leaves::kInOut ? 0
                           : leaves == Leaves::kFloats                   ? left_floats(DType::kFloat32)
-                                                                        : left_floats(p.out.elements.dtype);
+                                                                        : left_floats(DType::kBFloat16);
   return (p.directions * (2 + low) + waiting) * p.length;
 }
 
 Leaves leaves_of(const SelectiveScanCudaParams& p) {
   constexpr int64_t kFewFloats = 8 << 10;  // of which a large multiprocessor has room for six blocks
   if (p.directions == 1 || (p.softplus && floats_of(p, Leaves::kFloats) <= kFewFloats)) return Leaves::kFloats;
-  return p.out.elements.dtype == DType::kFloat32 ? Leaves::kInOut : Leaves::kShortFloats;
+  return with_element(p.out.elements.dtype, [](auto element) { return kLongLeaves<decltype(element)>; });
 }
 
 bool fits_forward(const SelectiveScanCudaParams& p) {
@@ -199,7 +214,7 @@ bool fits_forward(const SelectiveScanCudaParams& p) {
 
 template <class T, class TOut, int kRank, int kDirections, bool kSoftplus>
 cudaError_t launch_kernel(const SelectiveScanCudaParams& p, cudaStream_t stream) {
-  constexpr Leaves kLong = std::is_same_v<TOut, float> ? Leaves::kInOut : Leaves::kShortFloats;
+  constexpr Leaves kLong = kLongLeaves<TOut>;
   const Leaves leaves = leaves_of(p);
   const auto go = [&](auto kernel) {
     const dim3 block(kWarp, kDirections);
@@ -207,7 +222,7 @@ cudaError_t launch_kernel(const SelectiveScanCudaParams& p, cudaStream_t stream)
   };
   if constexpr (kDirections == 2)
     if (leaves == kLong) return go(channels_kernel<T, TOut, kRank, 2, kSoftplus, kLong>);
-  if constexpr (kDirections == 1 || kSoftplus)
+  if constexpr (kDirections == 1 || kSoftplus || kLong == Leaves::kFloats)
     return go(channels_kernel<T, TOut, kRank, kDirections, kSoftplus, Leaves::kFloats>);
   return cudaErrorInvalidValue;
 }

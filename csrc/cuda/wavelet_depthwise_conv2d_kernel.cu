@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kWaveletThreads, kBlocksOfProcessor<kK, kColum
 // Any filter: a unit is kAnyRows by kAnyColumns outputs, which a thread sums in registers while the filter goes over
 // them row by row, kChunk columns at a time. Shared memory has the rows of the bands under one row of the filter, in a
 // ring.
-__global__ void __launch_bounds__(kWaveletThreads, 3) any_filter_kernel(WaveletParams p) {
+__global__ void __launch_bounds__(kWaveletThreads, 2) any_filter_kernel(WaveletParams p) {
   constexpr int kRead = kAnyColumns + kChunk - 1, kUnroll = 4;
   const int lane = threadIdx.x, band = threadIdx.y;
   const Bands bands{shared_memory, kAnyRows, kRead};

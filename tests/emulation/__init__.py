@@ -25,7 +25,8 @@ def compile_all(folder: Path, output: Path, sources: list[Path], flags: list[str
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     folder.mkdir(parents=True, exist_ok=True)
     common = ["-std=c++20", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-pthread"]
-    common += ["-ffp-contract=fast", "-fno-strict-aliasing", f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags]
+    common += ["-Wno-maybe-uninitialized", "-ffp-contract=fast", "-fno-strict-aliasing"]  # the first as in setup.py
+    common += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags]
     lines = [
         "rule compile",
         f"  command = {shlex.join([*compiler, *common])} -MMD -MF $out.d -x c++ -c $in -o $out",

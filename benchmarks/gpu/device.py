@@ -174,16 +174,22 @@ def capture(run: Run) -> tuple[Run, Any] | None:
     return replay, results
 
 
+def device_events(run: Run) -> list[Any]:
+    """What PyTorch's profiler saw on the device, in its order: the kernels, copies and fills of a call."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sorted(events, key=lambda event: event.time_range.start)
+
+
 def count_launches(run: Run) -> int | None:
     """Kernels, copies and fills that a call puts on the device."""
     if DRY_RUN:
         run()
         return None
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return len(device_events(run))
 
 
 # --- the ceilings --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpu import DRY_RUN
-from gpu.device import DEVICE, capture, environment, on_stream, synchronize, warm_up
+from gpu.device import DEVICE, capture, device_events, environment, on_stream, synchronize, warm_up
 from gpu.networks import build_ours, image_size
 
 _ROUNDS = 5
@@ -23,14 +23,8 @@ def list_kernels(batch: int = 2 if DRY_RUN else 256, dtype: torch.dtype = torch.
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), on_stream():
         warm_up(lambda: network(x))
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in range(_ROUNDS):
-                network(x)
-            synchronize()
-        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        events.sort(key=lambda event: event.time_range.start)
-        lines = list(_medians([(event.name, event.time_range.elapsed_us()) for event in events]))
+        events = device_events(lambda: [network(x) for _ in range(_ROUNDS)])
+        lines = _medians([(event.name, event.time_range.elapsed_us()) for event in events])
         title = f"{_MODEL}, batch {batch}, {dtype}, {environment()['device']}, commit {environment()['commit']}"
         found = [title, *(f"{us:9.1f} µs  {name[:100]}" for name, us in lines)]
         found.append(f"{sum(us for _, us in lines):9.1f} µs in {len(lines)} kernels")

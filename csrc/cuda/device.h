@@ -201,15 +201,7 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp2f(
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // To a unit or two in the last place, or 1e-36: without the slow path of a division, which a quotient of this form
 // never takes.
-__device__ __forceinline__ float quick_sigmoid(float x) {
-#ifdef __CUDA_ARCH__
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + exp2f(-kLog2E * x)));
-  return reciprocal;
-#else
-  return sigmoid(x);
-#endif
-}
+__device__ __forceinline__ float quick_sigmoid(float x) { return reciprocal<__half>(1.0f + exp2f(-kLog2E * x)); }
 __device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
 __device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(exp2f(kLog2E * x)); }
 

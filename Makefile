@@ -80,7 +80,8 @@ PART := ((forward_and_gradients and float32 and channels_last) or (forward_and_g
 	or cancel or (with_channels and float32)) and not benchmark and not N256 and not 300
 SMALL := (chunks or one_kernel or forward_and_gradients or (result_and_state and not True)) \
 	and (one_kernel or (float32 and channels_last) or (bfloat16 and channels_first and not scan and not ss2d and not wavelet)) \
-	and not benchmark and not N256 and not 300 and not 150x and not 37x and not x37 and not levels
+	and not benchmark and not N256 and not 300 and not 150 and not 1100 and not 37x and not x37 \
+	and not 257x and not 72x6 and not 48x16 and not 38x13 and not levels
 SANITIZER :=
 runtime = $(shell $(CXX) -print-file-name=lib$1.so)
 PRELOADED := $(if $(findstring address,$(SANITIZER)),$(call runtime,asan) $(call runtime,ubsan) $(call runtime,stdc++),\

@@ -50,9 +50,14 @@ _MULTIPLIED = {
 """Weights of products, which an optimized network has in the type of its maps."""
 
 
+_LONG = 1024
+"""Positions, more of which no map of the network has."""
+
+
 def make_arguments(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Channels-last maps, and weights as an optimized network has them."""
-    made = case.make(dtype, "channels_last", device)
+    """Channels-last maps, and weights as an optimized network has them; long sequences as mamba-ssm has them."""
+    long = case.op in ("selective_scan_fn", "bidirectional_selective_scan") and case.arguments["u"].shape[-1] > _LONG
+    made = case.make(dtype, "channels_first" if long else "channels_last", device)
     for name in _MULTIPLIED.get(case.op, ()):
         made[name] = made[name].to(dtype)
         if case.op == "conv2d_act":

@@ -53,7 +53,12 @@ bool plan_selective_scan_channels(SelectiveScanCudaParams& p);
 bool fits_selective_scan_channels_bwd(const SelectiveScanCudaParams& p);
 cudaError_t selective_scan_channels(const SelectiveScanCudaParams& p, cudaStream_t stream);
 cudaError_t selective_scan_channels_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
-// As plan_selective_scan_channels: one direction, some numbers of states.
+// As plan_selective_scan_channels: one state, positions side by side.
+bool plan_selective_scan_positions(SelectiveScanCudaParams& p);
+// The forward, or the whole backward with selective_scan_positions_bwd as its last launch.
+cudaError_t selective_scan_positions(const SelectiveScanCudaParams& p, cudaStream_t stream);
+cudaError_t selective_scan_positions_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream);
+// As plan_selective_scan_channels: one or 16 states.
 bool plan_selective_scan_states(SelectiveScanCudaParams& p);
 // The forward, or the whole backward with selective_scan_states_bwd as its last launch.
 cudaError_t selective_scan_states(const SelectiveScanCudaParams& p, cudaStream_t stream);

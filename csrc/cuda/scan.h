@@ -211,10 +211,11 @@ __device__ __forceinline__ float read_decay_rate(const SelectiveScanCudaParams& 
   return kLog2E * (kProjected ? -expf(A) : A);
 }
 
-// decay · entering + own, exactly `own` for an entering zero: a product of decays may be infinite where none of them
-// is.
+// decay · entering + own of a product of decays, which may be infinite or 0 where none of them is: exactly `own` for an
+// entering zero, and an entering infinity stays one.
 __device__ __forceinline__ float through(float decay, float entering, float own) {
-  return entering == 0.0f ? own : decay * entering + own;
+  constexpr float kLeast = 1.17549435e-38f;
+  return entering == 0.0f ? own : fmaxf(decay, kLeast) * entering + own;
 }
 
 // The folds of a block's segments, in shared memory: `values` numbers a warp. Two sets take turns, so that one barrier

@@ -2,74 +2,13 @@
 // registers; a block has up to 128 channels of a group, and coefficients of kTilePositions in shared memory.
 #pragma once
 
-#include "cuda/scan_channels.h"
+#include "cuda/scan_ahead.h"
 
 namespace mobilemamba {
 
 constexpr int kBlockWarps = 4;
 constexpr int kTilePositions = 32;  // whose coefficients wait in shared memory
 constexpr int kManyStates = 16;     // of a channel, where not one
-constexpr int kVector = 4;          // elements of a channel that are read at once
-
-template <class T>
-struct alignas(kVector * sizeof(T)) FourElements {
-  T values[kVector];
-};
-
-template <class T>
-__device__ __forceinline__ bool in_fours(const T* p, int64_t stride) {
-  return stride == 1 && reinterpret_cast<uintptr_t>(p) % (kVector * sizeof(T)) == 0;
-}
-
-// `count` positions of a channel from p on, zeros behind them.
-__device__ __forceinline__ void read_ahead(float (&v)[kAhead], const Elements& from, int64_t stride, int count) {
-  visit(from, [&](const auto* p) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(p)>>;
-    if (count == kAhead && in_fours(p, stride)) {
-      FourElements<T> fours[kAhead / kVector];
-#pragma unroll
-      for (int i = 0; i < kAhead / kVector; ++i) fours[i] = reinterpret_cast<const FourElements<T>*>(p)[i];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) v[j] = to_float(fours[j / kVector].values[j % kVector]);
-    } else if (count == kAhead) {
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) v[j] = to_float(p[j * stride]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) v[j] = j < count ? to_float(p[j * stride]) : 0.0f;
-    }
-  });
-}
-
-// Asks for kAhead positions of a channel, from `from` on.
-__device__ __forceinline__ void prefetch_ahead(const Elements& from, int64_t stride) {
-  const int64_t step = stride * element_size(from.dtype);
-  if (stride == 1) {
-    prefetch(from.data);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) prefetch(static_cast<const char*>(from.data) + j * step);
-  }
-}
-
-__device__ __forceinline__ void write(const Elements& to, int64_t stride, const float (&v)[kAhead], int count) {
-  visit(to, [&](auto* p) {
-    using T = std::remove_pointer_t<decltype(p)>;
-    if (count == kAhead && in_fours(p, stride)) {
-#pragma unroll
-      for (int i = 0; i < kAhead / kVector; ++i) {
-        FourElements<T> four;
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) four.values[j] = from_float<T>(v[i * kVector + j]);
-        reinterpret_cast<FourElements<T>*>(p)[i] = four;
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (j < count) p[j * stride] = from_float<T>(v[j]);
-    }
-  });
-}
 
 // Calls put(state, position, value) with B or C of a tile whose first position is at `from`, zeros behind `count` of
 // them; a thread has its neighbours' neighbours in memory.

@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) backward_kernel(Selectiv
 
 cudaError_t selective_scan_bwd(const SelectiveScanCudaParams& p, cudaStream_t stream) {
   if (p.by_channels) return selective_scan_channels_bwd(p, stream);
+  if (p.by_positions) return selective_scan_positions(p, stream);
   if (p.by_states) return selective_scan_states(p, stream);
   if (p.chunks > 1) {
     const cudaError_t error = selective_scan_chunks(p, stream);

@@ -1,12 +1,12 @@
 // The selective scan in one direction or both: forward, and its parts for long sequences.
 //
-// One state and dense channels: selective_scan_channels_kernel.cu; one direction with 1 or 16 states:
-// selective_scan_states_kernel.cu. Else, short: one block goes through the whole
-// sequence of its 32 channels, chunk by chunk where it does not fit; with two directions what the first adds to y waits
-// in registers (one chunk) or in shared memory. Bytes: u once or twice (the second time from a cache), delta, z and the
-// result once. Long, or too few blocks to fill the GPU: every chunk is folded by a block of its own (u and delta read),
-// the folds are joined (chunk_decay and chunk_state, 2 of 16 · warps elements), and every chunk is computed by a block
-// of its own (all read again).
+// One state and dense channels: selective_scan_channels_kernel.cu; one state and dense positions:
+// selective_scan_positions_kernel.cu; 1 or 16 states: selective_scan_states_kernel.cu. Else, short: one block goes
+// through the whole sequence of its 32 channels, chunk by chunk where it does not fit; with two directions what the
+// first adds to y waits in registers (one chunk) or in shared memory. Bytes: u once or twice (the second time from a
+// cache), delta, z and the result once. Long, or too few blocks to fill the GPU: every chunk is folded by a block of
+// its own (u and delta read), the folds are joined (chunk_decay and chunk_state, 2 of 16 · warps elements), and every
+// chunk is computed by a block of its own (all read again).
 #include "cuda/launchers.h"
 #include "cuda/scan.h"
 #include "cuda/scan_variants.h"
@@ -104,7 +104,7 @@ void plan_selective_scan(SelectiveScanCudaParams& p) {
   constexpr int64_t kBlocksAProcessor = 2;
   const int64_t processors = multiprocessors();
   p.by_channels = plan_selective_scan_channels(p);
-  if (p.by_channels || plan_selective_scan_states(p)) return;
+  if (p.by_channels || plan_selective_scan_positions(p) || plan_selective_scan_states(p)) return;
   const int64_t segment = segment_of(p);
   p.slices = ceil_div(p.dim / p.groups, kWarp);
   p.chunks = ceil_div(p.length, kMostWarps * segment);
@@ -119,6 +119,7 @@ void plan_selective_scan(SelectiveScanCudaParams& p) {
 
 cudaError_t selective_scan_fwd(const SelectiveScanCudaParams& p, cudaStream_t stream) {
   if (p.by_channels) return selective_scan_channels(p, stream);
+  if (p.by_positions) return selective_scan_positions(p, stream);
   if (p.by_states) return selective_scan_states(p, stream);
   if (p.range < p.chunks) {
     const cudaError_t error = selective_scan_chunks(p, stream);

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 3)
     read_ahead(v, t.at(x.batch, 0, x.channel, 0, x.begin + group * kAhead), t.position, count);
   };
   const auto put = [&](const ScanTensor& t, const float (&v)[kAhead], int group, int count) {
-    if (x.inside) write(t.at(x.batch, 0, x.channel, 0, x.begin + group * kAhead), t.position, v, count);
+    if (x.inside) write_ahead(t.at(x.batch, 0, x.channel, 0, x.begin + group * kAhead), t.position, v, count);
   };
   const auto count_of = [&](int group) {
     return x.positions - group * kAhead < kAhead ? x.positions - group * kAhead : kAhead;

@@ -32,8 +32,6 @@ __device__ __forceinline__ void load_row(float (&to)[kStates], const float* from
   }
 }
 
-enum class Pass { kForward, kFold, kFoldBoth };  // kFoldBoth: states and, before a backward, adjoints
-
 // T: float, or 16 bits, for which the special-function units alone are exact enough.
 template <class T, int kStates, Pass kPass, int kDirections>
 __global__ void __launch_bounds__(kBlockWarps* kWarp, kStates == 1 ? 4 : 3)
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kStates == 1 ? 4 : 3)
           go(std::true_type{});
         else
           go(std::false_type{});
-        if (kLast && x.inside) write(y_or_dy + at * y_step, y_step, y, count);
+        if (kLast && x.inside) write_ahead(y_or_dy + at * y_step, y_step, y, count);
       }
     }
     if (!x.inside) return;
@@ -156,8 +154,8 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kStates == 1 ? 4 : 3)
 bool reads_fast(const ScanTensor& t) {
   const int64_t size = element_size(t.elements.dtype);
   return !t || t.channel == 1 ||
-         (t.position == 1 && t.channel % kVector == 0 && t.batch % kVector == 0 &&
-          reinterpret_cast<uintptr_t>(t.elements.data) % (kVector * size) == 0);
+         (t.position == 1 && t.channel % kNarrow == 0 && t.batch % kNarrow == 0 &&
+          reinterpret_cast<uintptr_t>(t.elements.data) % (kNarrow * size) == 0);
 }
 
 template <Pass kPass>

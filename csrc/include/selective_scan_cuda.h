@@ -11,9 +11,9 @@ struct SelectiveScanCudaParams : SelectiveScanParams {
   int64_t warps;  // of a block; each has a segment of a chunk's positions
   int64_t chunks, range;
   bool backward;
-  // Set too. By selective_scan_channels, whose slices have 64 channels; or by selective_scan_states, whose slices have
-  // `warps` times 32, and whose chunks `segment` positions.
-  bool by_channels, by_states;
+  // Set too. By selective_scan_channels, whose slices have 64 channels; by selective_scan_positions, whose chunks have
+  // `segment` positions; or by selective_scan_states, whose chunks do too, and whose slices have `warps` times 32.
+  bool by_channels, by_positions, by_states;
 
   // Where range < chunks, float32 (batch, directions, chunks, state, dim): of each chunk the product of its decays, and
   // what it makes of a zero state (of a zero adjoint); then the state (the adjoint) that enters it. Null elsewhere.

@@ -93,14 +93,26 @@ inline void __syncthreads() { emulation::block_barrier->arrive_and_wait(); }
 inline void __syncwarp(unsigned = ~0u) { emulation::warp->barrier.arrive_and_wait(); }
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
+T shuffle(T value, unsigned from) {  // the lane's own where there is no such lane
   static_assert(sizeof(T) == 4);
   emulation::Warp& warp = *emulation::warp;
   std::memcpy(&warp.slots[emulation::lane], &value, 4);
   __syncwarp();
-  std::memcpy(&value, &warp.slots[emulation::lane ^ mask], 4);
+  std::memcpy(&value, &warp.slots[from < 32 ? from : emulation::lane], 4);
   __syncwarp();
   return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shuffle(value, emulation::lane ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned by) {
+  return shuffle(value, emulation::lane - by);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned by) {
+  return shuffle(value, emulation::lane + by);
 }
 
 template <class... Parameters, class... Arguments>

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mobilemamba_kernels import _library
 
@@ -97,8 +98,26 @@ def choose(op: str, *tensors: Tensor | None) -> str:
         reason = _why_not(op, _forced, device, dtypes)
         if reason:
             raise RuntimeError(f'{op}: backend "{_forced}" is forced but cannot run this call: {reason}')
+        _refuse_tangents(op, tensors)
         return _forced
-    return next((b for b in _candidates(op, device, first) if not _why_not(op, b, device, dtypes)), "reference")
+    chosen = next((b for b in _candidates(op, device, first) if not _why_not(op, b, device, dtypes)), "reference")
+    if chosen != "reference":
+        _refuse_tangents(op, tensors)
+    return chosen
+
+
+def _refuse_tangents(op: str, tensors: tuple[Tensor | None, ...]) -> None:
+    """PyTorch drops the tangents of operators' arguments without a word.
+
+    Raises:
+        NotImplementedError: forward-mode derivatives are wanted, of a kernel.
+    """
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            f'{op}: the kernels have no forward-mode derivatives; use_backend("reference") has them'
+        )
 
 
 def run_update(
@@ -116,6 +135,8 @@ def run_update(
     """
     wants_gradient = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
     compiling = torch.compiler.is_compiling()
+    if _forced != "reference":
+        _refuse_tangents(op, tensors)
     refusal: Exception | None = None
     if "cpu" in implementations and _forced is None and not wants_gradient and not compiling:
         try:

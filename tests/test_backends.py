@@ -238,3 +238,19 @@ def test_wrong_input_gets_one_sentence(op, change, error, sentence):
         getattr(mobilemamba_kernels, op)(**given)
     assert str(caught.value).startswith(f"{op}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_forward_mode_is_the_references_alone():
+    """PyTorch would drop the tangents."""
+    x, weight, direction = torch.randn(1, 3, 5), torch.randn(3, 4), torch.randn(1, 3, 5)
+    state = torch.zeros(1, 3, 4)
+
+    def step(x):
+        return mobilemamba_kernels.causal_conv1d_update(x, state.clone(), weight)
+
+    for function in (lambda x: mobilemamba_kernels.causal_conv1d_fn(x, weight), step):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives; use_backend"):
+            torch.func.jvp(function, (x,), (direction,))
+        with use_backend("reference"):
+            _, found = torch.func.jvp(function, (x,), (direction,))
+        torch.testing.assert_close(found, function(direction))  # both are linear

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -196,6 +197,13 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
 """
 
 
+VIM = """
+def mamba_inner_fn_no_out_proj(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A): pass
+def bimamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias,
+                     A, A_b): pass
+"""
+
+
 @pytest.fixture
 def installed(monkeypatch) -> dict[str, ModuleType]:
     """A mamba_ssm, and a network that took a function from it by name."""
@@ -241,6 +249,58 @@ def test_patched_keeps_what_was_patched_before(installed):
     assert network.scan is theirs
 
 
+def test_layers_and_classes_that_keep_a_function_are_patched_too(installed):
+    theirs = installed["network"].scan
+
+    class Block(torch.nn.Module):
+        of_class = staticmethod(theirs)
+
+        def __init__(self):
+            super().__init__()
+            self.scan = installed["network"].scan
+
+    before = Block()
+    with patched("mamba_ssm"):
+        within = Block()
+        for block in (before, within):
+            torch.testing.assert_close(block.scan(*ARGUMENTS), mamba_ssm.selective_scan_fn(*ARGUMENTS))
+            torch.testing.assert_close(block.of_class(*ARGUMENTS), mamba_ssm.selective_scan_fn(*ARGUMENTS))
+    assert before.scan is within.scan is before.of_class is theirs
+
+
+def test_who_keeps_a_replacement_calls_the_original_again(installed):
+    with patched("mamba_ssm"):
+        kept = partial(installed["network"].scan, *ARGUMENTS)
+        assert kept() != "theirs"
+    assert kept() == "theirs"
+    with patched("mamba_ssm"):
+        assert kept() != "theirs"
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_a_function_stays_replaced_while_a_target_wants_it(installed, first_out):
+    interface = installed["mamba_ssm.ops.selective_scan_interface"]
+    exec(VIM, vars(interface))
+    theirs, targets = interface.selective_scan_fn, ["mamba_ssm", "vim"]
+    replaced = [patch(target) for target in targets]
+    assert all(names["network.scan"] is theirs for names in replaced)
+    unpatch(targets[first_out])
+    assert interface.selective_scan_fn(*ARGUMENTS) != "theirs"
+    unpatch(targets[1 - first_out])
+    assert interface.selective_scan_fn is theirs
+
+
+def test_a_module_that_was_loaded_again_gets_its_new_functions_back(installed):
+    interface = installed["mamba_ssm.ops.selective_scan_interface"]
+    patch("mamba_ssm")
+    exec(SCAN, vars(interface))
+    again = interface.selective_scan_fn
+    patch("mamba_ssm")
+    assert interface.selective_scan_fn is not again
+    unpatch()
+    assert interface.selective_scan_fn is again
+
+
 def test_a_module_imported_meanwhile_gets_the_original_back(installed, monkeypatch):
     theirs = installed["network"].scan
     with patched("mamba_ssm"):
@@ -281,6 +341,41 @@ def test_a_package_that_is_not_installed_is_made(target, name):
     assert importlib.util.find_spec("mamba_ssm") is None
     with pytest.raises(ImportError):
         importlib.import_module(interface)
+
+
+def test_what_a_package_lacks_is_made(installed, tmp_path, monkeypatch):
+    """Vim's copy of mamba-ssm has a step that imports what is not there; a causal-conv1d may lack its extension."""
+    name = "mamba_ssm.ops.triton.selective_state_update"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys.modules["mamba_ssm.ops.triton"], "__path__", [str(tmp_path)])
+    (tmp_path / "selective_state_update.py").write_text("import not_there")
+    (tmp_path / "causal_conv1d.py").write_text("import causal_conv1d_cuda")
+    monkeypatch.syspath_prepend(tmp_path)
+    with patched("mamba_ssm"):
+        assert importlib.import_module(name).selective_state_update is mamba_ssm.selective_state_update
+        assert importlib.import_module("causal_conv1d").causal_conv1d_fn is causal_conv1d.causal_conv1d_fn
+    assert not {name, "causal_conv1d"} & set(sys.modules)
+
+
+def test_a_package_that_cannot_be_imported_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "mamba_ssm.py").write_text("import not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    with pytest.raises(ImportError, match=r"is installed but cannot be imported \(No module named 'not_there'"):
+        patch("mamba_ssm")
+    assert set(sys.modules) == before
+
+
+def test_networks_find_the_plain_versions_too():
+    with patched("mamba_ssm"):
+        interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        conv = importlib.import_module("causal_conv1d.causal_conv1d_interface")
+    torch.testing.assert_close(interface.selective_scan_ref(*ARGUMENTS), mamba_ssm.selective_scan_fn(*ARGUMENTS))
+    x, weight, state = torch.randn(1, 2, 6), torch.randn(2, 3), torch.randn(1, 2, 2)
+    y, _ = conv.causal_conv1d_ref(x, weight, None, state, True)
+    torch.testing.assert_close(y, F.conv1d(torch.cat([state, x], 2), weight.unsqueeze(1), groups=2))
+    step = conv.causal_conv1d_update_ref(x[..., 0], torch.cat([torch.zeros(1, 2, 1), state], 2), weight)
+    torch.testing.assert_close(step, y[..., 0])
 
 
 def test_targets_share_what_is_made():
@@ -422,6 +517,38 @@ def test_wtconv_layers_that_exist(monkeypatch):
     assert layer(x) == "theirs"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.wt_filter.requires_grad_(),
+        lambda layer: layer.load_state_dict({"iwt_filter": torch.ones(12, 1, 2, 2)}, strict=False),
+        lambda layer: setattr(layer.base_conv, "padding_mode", "circular"),
+        lambda layer: layer.base_conv.register_forward_hook(lambda *_: None),
+        lambda layer: setattr(layer, "base_conv", torch.nn.Sequential(layer.base_conv)),
+        lambda layer: delattr(layer, "wavelet_scale"),  # another class of the same name
+    ],
+)
+def test_wtconv_layers_that_compute_something_else_stay_theirs(monkeypatch, change):
+    class Original(wtconv.WTConv2d):
+        forward = lambda self, x: "theirs"  # noqa: E731
+        _load_from_state_dict = torch.nn.Module._load_from_state_dict
+
+    imported(monkeypatch, "wtconv", "").WTConv2d = Original
+    layer, x = Original(3, 3), torch.randn(1, 3, 9, 8)
+    with patched("wtconv"):
+        assert layer(x) != "theirs"
+        change(layer)
+        assert layer(x) == "theirs"
+
+
+def test_wtconv_has_the_originals_type_under_autocast():
+    layer, x = wtconv.WTConv2d(3, 3), torch.randn(1, 3, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, layer(x), rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (33, 37)])
 def test_wtconv_is_the_cascade_of_convolutions(levels, size):
@@ -450,6 +577,7 @@ def test_wtconv_is_the_cascade_of_convolutions(levels, size):
         ({"out_channels": 4}, "must agree; got 3 and 4"),
         ({"kernel_size": 4}, "kernel_size must be odd; got 4"),
         ({"wt_levels": 0}, "wt_levels and stride must be at least 1"),
+        ({"in_channels": 0, "out_channels": 0}, "in_channels must be at least 1; got 0"),
         ({"wt_type": "db2"}, "wt_type must be db1 or haar"),
     ],
 )
@@ -488,3 +616,39 @@ def test_wtconv_refuses_the_filters_of_another_wavelet():
 def test_bad_input_gets_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+INNER = {
+    "xz": torch.ones(1, 8, 3),
+    "conv1d_weight": torch.ones(4, 1, 4),
+    "conv1d_bias": torch.ones(4),
+    "x_proj_weight": torch.ones(8, 4),
+    "delta_proj_weight": torch.ones(4, 2),
+    "out_proj_weight": torch.ones(5, 4),
+    "out_proj_bias": torch.ones(5),
+    "A": -torch.ones(4, 3),
+}
+
+
+@pytest.mark.parametrize("function", [mamba_ssm.mamba_inner_fn, vim.bimamba_inner_fn])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"xz": torch.ones(8, 3)}, r"xz must have shape \(batch, 2 dim, L\); got \(8, 3\)"),
+        ({"conv1d_weight": torch.ones(())}, r"conv1d_weight must have shape \(dim, 1, W\); got \(\)"),
+        ({"conv1d_bias": torch.ones(3)}, r"conv1d_bias must have shape \(dim\) = \(4,\); got \(3,\)"),
+        ({"x_proj_weight": torch.ones(8, 4).bfloat16()}, "x_proj_weight must have the dtype of xz, torch.float32"),
+        ({"out_proj_weight": torch.ones(5, 3)}, r"out_proj_weight must have shape \(out, dim\) = \(5, 4\)"),
+        ({"out_proj_weight": None}, "out_proj_weight must be a tensor; got NoneType"),
+        ({"B_proj_bias": torch.ones(2)}, r"B_proj_bias must have shape \(N\) = \(3,\); got \(2,\)"),
+        ({"D": torch.ones(4, 1)}, r"D must have shape \(.*\) = \(4,\); got \(4, 1\)"),
+    ],
+)
+def test_blocks_refuse_bad_input(function, change, sentence):
+    more = {"A_b": INNER["A"]} if function is vim.bimamba_inner_fn else {}
+    assert function(**INNER, **more).shape == (1, 3, 5)
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        function(**INNER | more | change)
+    if more:
+        with pytest.raises(TypeError, match="A_b must be a tensor; got NoneType"):
+            function(**INNER, A_b=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -10,7 +11,7 @@ import itertools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import MethodType, ModuleType
@@ -22,51 +23,57 @@ from mobilemamba_kernels.interop import causal_conv1d, mamba_ssm, transformers, 
 
 _Function = Callable[..., Any]
 _Candidates = dict[str, tuple[_Function, ...]]  # by name; the first whose parameters fit
-_ABSENT: Any = object()
 
 _lock = threading.RLock()
-_changed: dict[str, list[_Change]] = {}
 _blocks: Counter[str] = Counter()  # of `patched` that are open
+_replaced: dict[str, dict[str, Any]] = {}  # by target, what patch returned
 
 
-class _Change:
-    """``name`` of a module, a class or ``sys.modules`` is another object until it is undone."""
+class _Swap:
+    """A function of another project, and what is called in its place while there are targets that want it.
 
-    def __init__(self, owner: Any, name: str, new: Any) -> None:
-        self.owner, self.name, self.new = owner, name, new
-        self.old = (owner if owner is sys.modules else vars(owner)).get(name, _ABSENT)
-        if owner is sys.modules and self.old is new:  # made for another target
-            self.old = _ABSENT
+    Who keeps the latter beyond that, in a closure for example, calls the original again.
+    """
 
-    def is_like(self, other: _Change) -> bool:
-        return (self.owner, self.name) == (other.owner, other.name) and self.new is other.new
+    def __init__(self, theirs: _Function, ours: _Function, only: _Function | None) -> None:
+        self.theirs, self.targets, self.active = theirs, set[str](), False
 
-    def __str__(self) -> str:
-        if self.owner is sys.modules:
-            return f"sys.modules[{self.name!r}]"
-        where = (
-            self.owner.__name__
-            if isinstance(self.owner, ModuleType)
-            else f"{self.owner.__module__}.{self.owner.__name__}"
-        )
-        return f"{where}.{self.name}"
+        @functools.wraps(theirs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            serves = self.active and (only is None or only(*args, **kwargs))
+            return ours(*args, **kwargs) if serves else theirs(*args, **kwargs)
 
-    def do(self) -> None:
-        self._set(self.new)
+        call.mobilemamba_kernels = self  # type: ignore[attr-defined]
+        self.call = call
 
-    def undo(self) -> None:
-        self._set(self.old)
+    def start(self) -> None:
+        self.active = True
 
-    def _set(self, value: Any) -> None:
-        if self.owner is sys.modules:
-            if value is _ABSENT:
-                sys.modules.pop(self.name, None)
-            else:
-                sys.modules[self.name] = value
-        elif value is _ABSENT:
-            delattr(self.owner, self.name)
+    def end(self) -> None:
+        self.active = False
+
+
+class _Provided:
+    """A module that is found under a name while there are targets that want it."""
+
+    def __init__(self, name: str, module: ModuleType) -> None:
+        self.name, self.module, self.targets = name, module, set[str]()
+        self.old: ModuleType | None = None
+
+    def start(self) -> None:
+        if sys.modules.get(self.name) is not self.module:
+            self.old, sys.modules[self.name] = sys.modules.get(self.name), self.module
+
+    def end(self) -> None:
+        if self.old is not None:
+            sys.modules[self.name] = self.old
         else:
-            setattr(self.owner, self.name, value)
+            sys.modules.pop(self.name, None)
+
+
+_swaps: dict[int, _Swap] = {}  # by the original's id; they stay, so that patching again finds them
+_provided: dict[str, _Provided] = {}
+_Part = _Swap | _Provided
 
 
 def patch(target: str) -> dict[str, Any]:
@@ -79,8 +86,8 @@ def patch(target: str) -> dict[str, Any]:
       and the extensions ``selective_scan_cuda``, ``_core`` and ``_oflex`` for those that will be.
     - "wtconv": the forward of the classes ``WTConv2d`` that are imported; where there is none, a module ``wtconv``.
 
-    Whoever imported a function by its name gets the replacement as well. Patching again does nothing, but for modules
-    that were imported since.
+    Whoever imported a function by its name, or keeps it as an attribute of a layer, gets the replacement as well.
+    Patching again does nothing, but for modules that were imported since.
 
     Args:
         target: one of these names.
@@ -97,11 +104,16 @@ def patch(target: str) -> dict[str, Any]:
         raise ValueError(f"patch: target must be one of {', '.join(_FINDERS)}; got {target!r}")
     with _lock:
         found = list(_FINDERS[target]())
-        found = [change for change in found if not any(map(change.is_like, _changed.get(target, ())))]
-        for change in found:
-            change.do()
-        _changed.setdefault(target, []).extend(found)
-        return {str(change): None if change.old is _ABSENT else change.old for change in _changed[target]}
+        replaced = _replaced.setdefault(target, {})
+        for part in found:
+            part.targets.add(target)
+            part.start()
+        replaced |= {f"sys.modules[{part.name!r}]": None for part in found if isinstance(part, _Provided)}
+        swaps = {id(part.theirs): part for part in found if isinstance(part, _Swap)}
+        _exchange({theirs: swap.call for theirs, swap in swaps.items()})
+        calls = {id(swap.call): swap.theirs for swap in swaps.values()}
+        replaced |= {place: calls[id(value)] for place, _, _, value in _held(calls)}
+        return dict(replaced)
 
 
 def unpatch(target: str | None = None) -> None:
@@ -115,13 +127,18 @@ def unpatch(target: str | None = None) -> None:
     if target is not None and target not in _FINDERS:
         raise ValueError(f"unpatch: target must be None or one of {', '.join(_FINDERS)}; got {target!r}")
     with _lock:
-        for name in [target] if target else list(_changed):
-            kept = [change for changes in _changed.values() for change in changes]
-            changes = _changed.pop(name, [])
-            for change in reversed(changes):
-                if sum(map(change.is_like, kept)) == 1:  # and no other target's too
-                    change.undo()
-            _put_back(changes)
+        names = {target} if target else set(_replaced)
+        ended: list[_Part] = []
+        parts: list[_Part] = [*_swaps.values(), *_provided.values()]
+        for part in parts:
+            if part.targets & names:
+                part.targets -= names
+                if not part.targets:
+                    part.end()
+                    ended.append(part)
+        for name in names:
+            _replaced.pop(name, None)
+        _exchange({id(part.call): part.theirs for part in ended if isinstance(part, _Swap)})
 
 
 @contextmanager
@@ -131,7 +148,7 @@ def patched(target: str) -> Iterator[dict[str, Any]]:
     What was patched before the first of them stays so behind the last; a ``patch`` within ends with the block.
     """
     with _lock:
-        already = target in _changed and not _blocks[target]
+        already = target in _replaced and not _blocks[target]
         replaced = patch(target)
         if not already:
             _blocks[target] += 1
@@ -145,19 +162,43 @@ def patched(target: str) -> Iterator[dict[str, Any]]:
                     unpatch(target)
 
 
+_OWN = ("mobilemamba", "mobilemamba_kernels")
+
+
 def _modules() -> list[ModuleType]:
     """The imported modules but for this package's."""
-    own = ("mobilemamba", "mobilemamba_kernels")
-    return [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] not in own]
+    return [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and name.split(".")[0] not in _OWN]
 
 
-def _put_back(changes: Iterable[_Change]) -> None:
-    """Undo changes in modules that have imported the new objects by their names since."""
-    old = {id(c.new): c.old for c in changes if c.old is not _ABSENT and c.owner is not sys.modules}
-    for module in _modules() if old else ():
-        for name, value in list(vars(module).items()):
-            if id(value) in old:
-                setattr(module, name, old[id(value)])
+def _classes(base: type[nn.Module] = nn.Module) -> Iterator[type[nn.Module]]:
+    for derived in base.__subclasses__():
+        yield derived
+        yield from _classes(derived)
+
+
+def _held(wanted: Collection[int]) -> Iterator[tuple[str, Any, str, Any]]:
+    """(place, owner, name, value) where modules, classes of layers and layers hold objects of these ids."""
+    owners: list[tuple[str, Any]] = [(module.__name__, module) for module in _modules()]
+    owners += [(f"{c.__module__}.{c.__qualname__}", c) for c in {*_classes()} if c.__module__.split(".")[0] not in _OWN]
+    layers = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    owners += [(f"a {type(layer).__module__}.{type(layer).__qualname__}", layer) for layer in layers]
+    for place, owner in owners:
+        for name, value in list(vars(owner).items()):
+            held = value.__func__ if type(value) is staticmethod else value
+            if id(held) in wanted:
+                yield f"{place}.{name}", owner, name, held
+
+
+def _exchange(new: dict[int, _Function]) -> None:
+    """Put other functions, by the ids of those that they replace, wherever these are held."""
+    for _, owner, name, value in list(_held(new)) if new else ():
+        function = new[id(value)]
+        if type(vars(owner)[name]) is staticmethod:
+            setattr(owner, name, staticmethod(function))
+        elif isinstance(owner, nn.Module):
+            vars(owner)[name] = function
+        else:
+            setattr(owner, name, function)
 
 
 def _parameters(function: _Function) -> list[str]:
@@ -168,12 +209,15 @@ def _parameters(function: _Function) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind not in kinds]
 
 
-def _replacement(theirs: _Function, *ours: _Function, only: _Function | None = None) -> _Function:
-    """The one of ``ours`` with the parameters of ``theirs`` (or more), for what ``only(*args, **kwargs)`` allows.
+def _swap(theirs: _Function, *ours: _Function, only: _Function | None = None) -> _Swap:
+    """Of a function and the one of ``ours`` with its parameters (or more), for what ``only(*args, **kwargs)`` allows.
 
     Raises:
         RuntimeError: there is none.
     """
+    known = getattr(theirs, "mobilemamba_kernels", None) or _swaps.get(id(theirs))
+    if known is not None:
+        return known
     wanted = _parameters(theirs)
     fitting = next((f for f in ours if _parameters(f)[: len(wanted)] == wanted), None)
     if fitting is None:
@@ -182,38 +226,22 @@ def _replacement(theirs: _Function, *ours: _Function, only: _Function | None = N
             f"patch: {theirs.__module__}.{name} takes ({', '.join(wanted)}), this package's "
             f"({', '.join(_parameters(ours[0]))}); nothing was replaced; install a version of either that fits"
         )
-
-    @functools.wraps(theirs)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return fitting(*args, **kwargs) if only is None or only(*args, **kwargs) else theirs(*args, **kwargs)
-
-    call.mobilemamba_kernels = fitting  # type: ignore[attr-defined]
-    return call
+    return _swaps.setdefault(id(theirs), _Swap(theirs, fitting, only))
 
 
-def _is_ours(function: Any) -> bool:
-    return hasattr(function, "mobilemamba_kernels")
-
-
-def _functions(ours: _Candidates, *modules: ModuleType, only: dict[str, _Function] | None = None) -> Iterator[_Change]:
-    """Replace functions of modules, wherever they were imported by name; some of them only for some arguments.
+def _functions(ours: _Candidates, *modules: ModuleType, only: dict[str, _Function] | None = None) -> Iterator[_Swap]:
+    """Replace functions of modules; some of them only for some arguments.
 
     Raises:
         RuntimeError: a module lacks one of them, or it takes other arguments.
     """
-    new = {}
     for module, (name, candidates) in itertools.product(modules, ours.items()):
         theirs = getattr(module, name, None)
         if theirs is None:
             raise RuntimeError(
                 f"patch: {module.__name__} has no {name}; nothing was replaced; install a version that has it"
             )
-        if not _is_ours(theirs):
-            new[id(theirs)] = _replacement(theirs, *candidates, only=(only or {}).get(name))
-    for other in _modules() if new else ():
-        for key, value in list(vars(other).items()):
-            if id(value) in new:
-                yield _Change(other, key, new[id(value)])
+        yield _swap(theirs, *candidates, only=(only or {}).get(name))
 
 
 def _make_modules(contents: dict[str, dict[str, Any]]) -> dict[str, ModuleType]:
@@ -239,13 +267,28 @@ def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _provide(*names: str) -> list[_Change]:
-    """Packages and modules of these names where there are none."""
-    missing = [name for name in names if not _is_installed(name)]
-    return [_Change(sys.modules, name, m) for name, m in _MADE.items() if name.split(".")[0] in missing]
+def _works(name: str) -> bool:
+    """Whether it is installed, with what it needs."""
+    if not _is_installed(name):
+        return False
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
-def _in_transformers() -> Iterator[_Change]:
+def _provide(*names: str) -> list[_Provided]:
+    """Those of the modules that are made here, with what is in them."""
+    made = {name: m for name, m in _MADE.items() if any(name == n or name.startswith(f"{n}.") for n in names)}
+    return [_provided.setdefault(name, _Provided(name, module)) for name, module in made.items()]
+
+
+def _missing(*names: str) -> list[str]:
+    return [name for name in names if not _works(name)]
+
+
+def _in_transformers() -> Iterator[_Part]:
     if not _is_installed("transformers"):
         raise ImportError("patch: transformers is not installed; install it, for example with pip install transformers")
 
@@ -270,7 +313,7 @@ def _serves_scans(  # some copies of VMamba have other paths than these
     return scans in (0, 1, 2)
 
 
-_CONV: _Candidates = {name: (getattr(causal_conv1d, name),) for name in causal_conv1d.__all__}
+_CONV: _Candidates = {name: (getattr(causal_conv1d, name),) for name in ("causal_conv1d_fn", "causal_conv1d_update")}
 _SCAN: _Candidates = {name: (getattr(mamba_ssm, name),) for name in ("selective_scan_fn", "mamba_inner_fn")}
 _STEP: _Candidates = {"selective_state_update": (mamba_ssm.selective_state_update,)}
 _VIM: _Candidates = {name: (getattr(vim, name),) for name in ("mamba_inner_fn_no_out_proj", "bimamba_inner_fn")}
@@ -283,13 +326,17 @@ def _first(candidates: _Candidates) -> dict[str, _Function]:
     return {name: functions[0] for name, functions in candidates.items()}
 
 
+_REFERENCES: dict[str, dict[str, _Function]] = {  # that networks import beside the functions
+    "causal_conv1d": {name: getattr(causal_conv1d, name) for name in ("causal_conv1d_ref", "causal_conv1d_update_ref")},
+    "mamba_ssm": {"selective_scan_ref": mamba_ssm.selective_scan_ref},
+}
 _MADE = _make_modules(
     {
         "causal_conv1d": _first(_CONV),
-        "causal_conv1d.causal_conv1d_interface": _first(_CONV),
+        "causal_conv1d.causal_conv1d_interface": _first(_CONV) | _REFERENCES["causal_conv1d"],
         "mamba_ssm": _first(_SCAN),
         "mamba_ssm.ops": {},
-        _INTERFACE: _first(_SCAN | _VIM),
+        _INTERFACE: _first(_SCAN | _VIM) | _REFERENCES["mamba_ssm"],
         "mamba_ssm.ops.triton": {},
         _UPDATE: _first(_STEP),
         "wtconv": {"WTConv2d": wtconv.WTConv2d},
@@ -302,35 +349,47 @@ for _name in _EXTENSIONS:
     _MADE[_name].__spec__ = ModuleSpec(_name, None)
 
 
-def _in_mamba_ssm(scan: _Candidates = _SCAN, conv: _Candidates = _CONV) -> Iterator[_Change]:
-    found = _provide("selective_scan_cuda", "causal_conv1d", "mamba_ssm")
-    if _is_installed("causal_conv1d"):
+def _in_mamba_ssm(scan: _Candidates = _SCAN, conv: _Candidates = _CONV) -> Iterator[_Part]:
+    found: list[_Part] = [*_provide(*_missing("selective_scan_cuda", "causal_conv1d"))]
+    if _is_installed("causal_conv1d") and not any(part.name == "causal_conv1d" for part in _provided_of(found)):
         found += _functions(conv, importlib.import_module("causal_conv1d"))
-    if _is_installed("mamba_ssm"):
-        with _temporarily(found):
-            for module, ours in ((_INTERFACE, scan), (_UPDATE, _STEP)):
-                found += _functions(ours, importlib.import_module(module))
+    if not _is_installed("mamba_ssm"):
+        found += _provide("mamba_ssm")
+    else:
+        with _temporarily(_provided_of(found)):
+            try:
+                found += _functions(scan, importlib.import_module(_INTERFACE))
+            except ImportError as error:
+                raise ImportError(
+                    f"patch: mamba_ssm is installed but cannot be imported ({error}); nothing was replaced; install "
+                    "what it needs, or uninstall it and have its functions from this package"
+                ) from error
+            found += _functions(_STEP, importlib.import_module(_UPDATE)) if _works(_UPDATE) else _provide(_UPDATE)
     yield from found
 
 
+def _provided_of(parts: Iterable[_Part]) -> list[_Provided]:
+    return [part for part in parts if isinstance(part, _Provided)]
+
+
 @contextmanager
-def _temporarily(changes: Iterable[_Change]) -> Iterator[None]:
-    """With changes made, so that what needs them can be imported."""
-    made = list(changes)
-    for change in made:
-        change.do()
+def _temporarily(modules: Iterable[_Provided]) -> Iterator[None]:
+    """With modules in place, so that what needs them can be imported."""
+    new = [module for module in modules if not module.targets]
+    for module in new:
+        module.start()
     try:
         yield
     finally:
-        for change in reversed(made):
-            change.undo()
+        for module in new:
+            module.end()
 
 
-def _in_vim() -> Iterator[_Change]:
+def _in_vim() -> Iterator[_Part]:
     return _in_mamba_ssm(_SCAN | _VIM, _CONV | {"causal_conv1d_fn": (vim.causal_conv1d_fn, *_CONV["causal_conv1d_fn"])})
 
 
-def _in_vmamba() -> Iterator[_Change]:
+def _in_vmamba() -> Iterator[_Part]:
     ours = {name: (getattr(vmamba, name),) for name in ("selective_scan_fn", "cross_scan_fn", "cross_merge_fn")}
     for module in _modules():
         theirs = {name: vars(module)[name] for name in ours if inspect.isfunction(vars(module).get(name))}
@@ -338,25 +397,18 @@ def _in_vmamba() -> Iterator[_Change]:
         if "cross_scan_fn" in own or ("selective_scan_fn" in own and "oflex" in _parameters(own["selective_scan_fn"])):
             only = {name: _serves_scans for name in own if name != "selective_scan_fn"}
             yield from _functions({name: ours[name] for name in own}, module, only=only)
-    yield from _provide(*_EXTENSIONS)
+    yield from _provide(*_missing(*_EXTENSIONS))
 
 
-def _in_wtconv() -> Iterator[_Change]:
-    yield from _provide("wtconv")
-    if _is_installed("wtconv"):
-        importlib.import_module("wtconv")
-
-    def haar(module: Any, x: Any) -> bool:
-        return module.wt_filter.shape[-1] == 2 and module.base_conv.kernel_size[0] % 2 == 1
-
+def _in_wtconv() -> Iterator[_Part]:
+    yield from _provide(*_missing("wtconv"))
     classes: set[Any] = {vars(module)["WTConv2d"] for module in _modules() if "WTConv2d" in vars(module)}
     for theirs in classes - {wtconv.WTConv2d}:
-        forward = getattr(theirs, "forward", None)
-        if inspect.isclass(theirs) and forward is not None and not _is_ours(forward):
-            yield _Change(theirs, "forward", _replacement(forward, wtconv.WTConv2d.forward, only=haar))
+        if inspect.isclass(theirs) and hasattr(theirs, "forward"):
+            yield _swap(theirs.forward, wtconv.WTConv2d.forward, only=wtconv.serves)
 
 
-_FINDERS: dict[str, Callable[[], Iterator[_Change]]] = {
+_FINDERS: dict[str, Callable[[], Iterator[_Part]]] = {
     "transformers": _in_transformers,
     "mamba_ssm": _in_mamba_ssm,
     "vmamba": _in_vmamba,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobilemamba_kernels.ops._checks import check_shape, check_tensors
+from mobilemamba_kernels.ops._checks import check_dims, check_shape, check_tensors
 from mobilemamba_kernels.ops.causal_conv1d import causal_conv1d_fn
 from mobilemamba_kernels.ops.selective_scan import selective_scan_fn, selective_scan_ref
 from mobilemamba_kernels.ops.selective_state_update import selective_state_update
@@ -65,7 +66,15 @@ def mamba_inner_fn(
         "mamba_inner_fn", xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
         B_proj_bias, C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps,
     )  # fmt: skip
-    return F.linear(y.mT, out_proj_weight, out_proj_bias)
+    return project_out("mamba_inner_fn", y, out_proj_weight, out_proj_bias)
+
+
+def project_out(op: str, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(batch, dim, L) to (batch, L, out)."""
+    check_tensors(op, {"y": y, "out_proj_weight": weight}, {"out_proj_bias": bias})
+    check_shape(op, "out_proj_weight", weight, (weight.shape[0], y.shape[1]), "out, dim")
+    check_shape(op, "out_proj_bias", bias, (weight.shape[0],), "out")
+    return F.linear(y.mT, weight, bias)
 
 
 def run_inner(
@@ -115,13 +124,27 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the scan of a Mamba block takes: u, z, delta, B and C."""
     required = {"xz": xz, "conv1d_weight": conv1d_weight, "x_proj_weight": x_proj_weight}
-    check_tensors(op, required | {"delta_proj_weight": delta_proj_weight, "A": A}, {"B": B, "C": C})
+    added = {"B_proj_bias": B_proj_bias, "C_proj_bias": C_proj_bias}
+    norms = {"b_rms_weight": b_rms_weight, "c_rms_weight": c_rms_weight, "dt_rms_weight": dt_rms_weight}
+    others = {"conv1d_bias": conv1d_bias, "B": B, "C": C} | added | norms
+    check_tensors(op, required | {"delta_proj_weight": delta_proj_weight, "A": A}, others)
+    check_dims(op, "xz", xz, "batch, 2 dim, L")
+    check_dims(op, "conv1d_weight", conv1d_weight, "dim, 1, W")
+    check_dims(op, "A", A, "dim, N")
     dim, rank, N = conv1d_weight.shape[0], delta_proj_weight.shape[-1], A.shape[-1]
     columns = rank + N * ((B is None) + (C is None))
     check_shape(op, "xz", xz, (xz.shape[0], 2 * dim, xz.shape[-1]), "batch, 2 dim, L")
     check_shape(op, "conv1d_weight", conv1d_weight, (dim, 1, conv1d_weight.shape[-1]), "dim, 1, W")
     check_shape(op, "x_proj_weight", x_proj_weight, (columns, dim), "rank + N for each of B and C not given, dim")
     check_shape(op, "delta_proj_weight", delta_proj_weight, (dim, rank), "dim, rank")
+    check_shape(op, "conv1d_bias", conv1d_bias, (dim,), "dim")
+    for name, tensor in (added | norms).items():
+        of_steps = name == "dt_rms_weight"
+        check_shape(op, name, tensor, (dim if of_steps else N,), "dim" if of_steps else "N")
+    if not torch.is_autocast_enabled(xz.device.type):
+        for name, weight in (("x_proj_weight", x_proj_weight), ("delta_proj_weight", delta_proj_weight)):
+            if weight.dtype != xz.dtype:
+                raise TypeError(f"{op}: {name} must have the dtype of xz, {xz.dtype}; got {weight.dtype}; convert it")
     x, z = xz.chunk(2, dim=1)
     x = causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")  # type: ignore[assignment]
     projected = F.linear(x.mT, x_proj_weight)

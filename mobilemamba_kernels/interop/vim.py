@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mobilemamba_kernels.interop.mamba_ssm import project, run_inner, selective_scan_fn
-from mobilemamba_kernels.ops._checks import check_shape
+from mobilemamba_kernels.interop.mamba_ssm import project, project_out, run_inner, selective_scan_fn
+from mobilemamba_kernels.ops._checks import check_shape, check_tensors
 from mobilemamba_kernels.ops.bidirectional_selective_scan import bidirectional_selective_scan
 from mobilemamba_kernels.ops.causal_conv1d import causal_conv1d_fn as _causal_conv1d_fn
 
@@ -81,7 +80,10 @@ def bimamba_inner_fn(
         TypeError: an argument is no real floating-point tensor.
         ValueError: shapes or devices do not fit together.
     """
+    check_tensors("bimamba_inner_fn", {"A": A, "A_b": A_b}, {"D": D, "delta_bias": delta_bias})
     check_shape("bimamba_inner_fn", "A_b", A_b, tuple(A.shape), "dim, N")
+    for name, tensor in (("D", D), ("delta_bias", delta_bias)):
+        check_shape("bimamba_inner_fn", name, tensor, (A.shape[0],), "dim")
     x, z, delta, B, C = project(
         "bimamba_inner_fn", xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias,
         C_proj_bias,
@@ -99,4 +101,4 @@ def bimamba_inner_fn(
         first = selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
         second = selective_scan_fn(x_b, delta_b, A_b, B_b, C_b, D, z_b, delta_bias, delta_softplus)
         y = first + second.flip(-1)  # type: ignore[operator, union-attr]
-    return F.linear(y.mT, out_proj_weight, out_proj_bias)
+    return project_out("bimamba_inner_fn", y, out_proj_weight, out_proj_bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mobilemamba.bench import Timing, time_in_turn
 from mobilemamba_kernels import causal_conv1d_fn, interop, selective_scan_fn, selective_scan_ref, use_backend
-from mobilemamba_kernels.interop import vmamba
+from mobilemamba_kernels.interop import vim, vmamba, wtconv
 from mobilemamba_kernels.testing import causal_with_conv1d
 
 _Run = Callable[[], Any]
@@ -23,7 +23,7 @@ _FEW_S = 6.0  # for both sides of a comparison; each runs at least 9 times
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what is timed: those of Mamba 130M and of VMamba-Tiny's first stage at 224×224."""
+    """Of what is timed: those of Mamba 130M, and at 224×224 of Vim-Tiny and of VMamba-Tiny's first stage."""
 
     layers: int = 24
     width: int = 768
@@ -34,6 +34,8 @@ class Sizes:
     images: int = 8
     side: int = 56
     channels: int = 96
+    patches: int = 197  # of Vim, with its class token
+    vim_width: int = 192
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def comparisons(sizes: Sizes = Sizes()) -> Iterator[Comparison]:
     if importlib.util.find_spec("transformers"):
         yield from _transformers(sizes)
     yield from _operators(sizes)
+    yield from _vim(sizes)
     yield from _vmamba(sizes)
+    yield from _wtconv(sizes)
 
 
 def _transformers(s: Sizes) -> Iterator[Comparison]:
@@ -192,6 +196,56 @@ def _operators(s: Sizes) -> Iterator[Comparison]:
         )  # fmt: skip
 
 
+def _vim(s: Sizes) -> Iterator[Comparison]:
+    """A block between its projections, as Vim writes it: twice, the second time on the flipped sequence."""
+    dim, rank = 2 * s.vim_width, -(-s.vim_width // 16)
+    xz = torch.randn(s.images, 2 * dim, s.patches)
+    ways = [
+        (
+            torch.randn(dim, 1, 4) / 2, torch.randn(dim),
+            torch.randn(rank + 2 * s.state, dim) / dim**0.5, torch.randn(dim, rank) / rank**0.5,
+            -torch.rand(dim, s.state), None, None, torch.ones(dim), torch.full((dim,), -3.0),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+
+    def block() -> Tensor:
+        first, second = (vim.mamba_inner_fn_no_out_proj(xz.flip(-1) if k else xz, *ways[k]) for k in range(2))
+        return first + second.flip(-1)
+
+    what = f"Vim-Tiny's block, {s.images} images, {dim}×{s.patches}, N = {s.state}"
+    yield Comparison("Vim", what, "a loop in PyTorch", partial(_plain, block), block)
+
+
+def _plain(run: _Run) -> Any:
+    with use_backend("reference"):
+        return run()
+
+
+def _wtconv(s: Sizes) -> Iterator[Comparison]:
+    """A layer of WTConvNeXt-Tiny's first stage, five levels."""
+    layer = wtconv.WTConv2d(s.channels, s.channels, 5, wt_levels=5).eval()
+    x = torch.randn(s.images, s.channels, s.side, s.side)
+
+    def cascade() -> Tensor:
+        low, kept = x, []
+        for conv, scale in zip(layer.wavelet_convs, layer.wavelet_scale, strict=True):
+            height, width = low.shape[2:]
+            padded = F.pad(low, (0, width % 2, 0, height % 2))
+            bands = F.conv2d(padded, layer.wt_filter, stride=2, groups=s.channels).unflatten(1, (-1, 4))
+            low = bands[:, :, 0]
+            kept.append(((conv(bands.flatten(1, 2)) * scale.weight).unflatten(1, (-1, 4)), height, width))
+        lifted: Tensor | float = 0.0
+        for bands, height, width in reversed(kept):
+            bands = torch.cat([bands[:, :, :1] + lifted, bands[:, :, 1:]], 2).flatten(1, 2)
+            found = F.conv_transpose2d(bands, layer.iwt_filter, stride=2, groups=s.channels)
+            lifted = found[..., :height, :width].unsqueeze(2)
+        return layer.base_conv(x) * layer.base_scale.weight + lifted.squeeze(2)  # type: ignore[union-attr]
+
+    what = f"WTConv2d, {s.images} images, {s.channels}×{s.side}×{s.side}, k = 5, five levels"
+    yield Comparison("WTConv", what, "its convolutions", cascade, partial(layer, x))
+
+
 def _vmamba(s: Sizes) -> Iterator[Comparison]:
     """SS2D's core: four directions across the map, as VMamba-Tiny runs it (its forward type v05)."""
     rank = max(1, s.channels // 16)
@@ -208,9 +262,5 @@ def _vmamba(s: Sizes) -> Iterator[Comparison]:
         ys = vmamba.selective_scan_fn(xs, dts, A, Bs.contiguous(), Cs.contiguous(), D, bias)
         return vmamba.cross_merge_fn(ys.view(s.images, 4, s.channels, s.side, s.side))
 
-    def plain() -> Tensor:
-        with use_backend("reference"):
-            return core()
-
     what = f"VMamba-Tiny's SS2D, {s.images} images, {s.channels}×{s.side}×{s.side}"
-    yield Comparison("VMamba", what, "its PyTorch path", plain, core)
+    yield Comparison("VMamba", what, "its PyTorch path", partial(_plain, core), core)

@@ -454,7 +454,7 @@ def network(
 @_json_option
 def dropins(as_json: bool) -> None:
     """Time other projects' code as it is, and with this package's operators: transformers' Mamba (where transformers is
-    installed), mamba-ssm's and causal-conv1d's functions, VMamba's SS2D. Some minutes.
+    installed), mamba-ssm's and causal-conv1d's functions, Vim's block, VMamba's SS2D, a layer of WTConv. Some minutes.
     """
     from mobilemamba import bench as harness
     from mobilemamba import bench_dropins

@@ -89,14 +89,16 @@ def test_networks_with_peak_memory(small):
 @needs_kernels
 def test_dropins(monkeypatch, small):
     """Every comparison at small sizes: both sides agree, and are timed."""
-    sizes = bench_dropins.Sizes(2, 32, 50, 4, 12, 20, 1, 4, 16)
+    sizes = bench_dropins.Sizes(2, 32, 50, 4, 12, 20, 1, 40, 16, 9, 16)
     found = list(bench_dropins.comparisons(sizes))
     monkeypatch.setattr(bench_dropins, "time_in_turn", time_briefly(bench.time_in_turn))
     monkeypatch.setattr(bench_dropins, "comparisons", lambda: iter(found))
     result = CliRunner().invoke(cli.main, ["bench", "dropins", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["results"]
-    projects = {"mamba-ssm", "causal-conv1d", "VMamba"} | ({"transformers"} if find_spec("transformers") else set())
+    projects = {"mamba-ssm", "causal-conv1d", "VMamba", "Vim", "WTConv"} | (
+        {"transformers"} if find_spec("transformers") else set()
+    )
     assert {row["project"] for row in rows} == projects
     assert all(row["ratio"] == pytest.approx(row["theirs"]["median"] / row["ours"]["median"]) for row in rows)
 

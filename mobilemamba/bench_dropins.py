@@ -102,8 +102,7 @@ def _transformers(s: Sizes) -> Iterator[Comparison]:
     model = MambaForCausalLM(config).eval()
     tokens = torch.randint(s.vocabulary, (1, s.prompt))
 
-    with interop.patched("transformers"):
-        ours = {name: getattr(modeling_mamba, name) for name in interop.transformers.__all__}
+    ours = {name: getattr(interop.transformers, name) for name in interop.transformers.__all__}
     theirs = {name: getattr(modeling_mamba, name) for name in ours}
 
     def run_with(functions: dict[str, Any], run: _Run) -> Any:

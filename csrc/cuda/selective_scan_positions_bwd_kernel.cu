@@ -5,7 +5,7 @@
 // and adjoints enter from the folds; what these make of B and C stays in registers for all of them. States and adjoints
 // pass a block as in the forward, from opposite ends, behind one barrier. What A, D and the bias get is summed over the
 // lanes for both directions at once, over the warps at the end. Bytes: u, delta and the gradients of y, u and delta
-// once, beside what the folds read; B and C once a channel, from the caches.
+// once, beside what the folds read; B and C once a channel, from the caches. With a z the general kernels run.
 #include "cuda/launchers.h"
 #include "cuda/scan_positions.h"
 

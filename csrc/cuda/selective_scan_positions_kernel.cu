@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, kPass == Pass::kFoldBoth ? 
     const float rate = load(p.A.at(0, k, channel, 0, 0));
     const float bias = p.delta_bias ? kLog2E * load(p.delta_bias.at(0, k, channel, 0, 0)) : 0.0f;
     const float skip = p.D ? load(p.D.at(0, k, channel, 0, 0)) : 0.0f;
-    const bool skips = static_cast<bool>(p.D), gated = (kLast || kBoth) && p.z;  // 0 · infinity is NaN
+    const bool skips = static_cast<bool>(p.D), gated = kLast && p.z;  // 0 · infinity is NaN
     const T* u = row_of<T>(p.u, batch, k, channel, begin);
     const T* delta = row_of<T>(p.delta, batch, k, channel, begin);
     const T* B = row_of<T>(p.B, batch, k, group / p.B_group, begin);
@@ -70,11 +70,10 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, kPass == Pass::kFoldBoth ? 
       ahead_u.floats(v), ahead_delta.floats(a), ahead_B.floats(x);
       if (kReadsC) ahead_C.floats(c);
       if constexpr (kBoth) {
-        float dy[kAhead], gate[kAhead];
+        float dy[kAhead];
         ahead_dy.floats(dy);
-        if (gated) ahead_z.floats(gate);
 #pragma unroll
-        for (int j = 0; j < kAhead; ++j) c[j] *= gated ? dy[j] * quick_silu(gate[j]) : dy[j];
+        for (int j = 0; j < kAhead; ++j) c[j] *= dy[j];
       }
       Fold own;
       [[maybe_unused]] float back = 0.0f;
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, kPass == Pass::kFoldBoth ? 
             float t = kLog2E * a[j] + bias;
             if (p.softplus) t = softplus_of_two<T>(t, power_of_two<T>(t));
             a[j] = power_of_two<T>(t * rate);
-            x[j] *= t * v[j] * kLn2;
+            x[j] *= t * kLn2 * v[j];
             own = {own.decay * a[j], a[j] * own.own + x[j]};
           }
         }

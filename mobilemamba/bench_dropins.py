@@ -15,7 +15,7 @@ from torch import Tensor
 from mobilemamba.bench import Timing, time_in_turn
 from mobilemamba_kernels import causal_conv1d_fn, interop, selective_scan_fn, selective_scan_ref, use_backend
 from mobilemamba_kernels.interop import vim, vmamba, wtconv
-from mobilemamba_kernels.testing import causal_with_conv1d
+from mobilemamba_kernels.testing import causal_with_conv1d, wtconv_with_convolutions
 
 _Run = Callable[[], Any]
 _FEW_S = 6.0  # for both sides of a comparison; each runs at least 9 times
@@ -226,23 +226,8 @@ def _wtconv(s: Sizes) -> Iterator[Comparison]:
     layer = wtconv.WTConv2d(s.channels, s.channels, 5, wt_levels=5).eval()
     x = torch.randn(s.images, s.channels, s.side, s.side)
 
-    def cascade() -> Tensor:
-        low, kept = x, []
-        for conv, scale in zip(layer.wavelet_convs, layer.wavelet_scale, strict=True):
-            height, width = low.shape[2:]
-            padded = F.pad(low, (0, width % 2, 0, height % 2))
-            bands = F.conv2d(padded, layer.wt_filter, stride=2, groups=s.channels).unflatten(1, (-1, 4))
-            low = bands[:, :, 0]
-            kept.append(((conv(bands.flatten(1, 2)) * scale.weight).unflatten(1, (-1, 4)), height, width))
-        lifted: Tensor | float = 0.0
-        for bands, height, width in reversed(kept):
-            bands = torch.cat([bands[:, :, :1] + lifted, bands[:, :, 1:]], 2).flatten(1, 2)
-            found = F.conv_transpose2d(bands, layer.iwt_filter, stride=2, groups=s.channels)
-            lifted = found[..., :height, :width].unsqueeze(2)
-        return layer.base_conv(x) * layer.base_scale.weight + lifted.squeeze(2)  # type: ignore[union-attr]
-
     what = f"WTConv2d, {s.images} images, {s.channels}×{s.side}×{s.side}, k = 5, five levels"
-    yield Comparison("WTConv", what, "its convolutions", cascade, partial(layer, x))
+    yield Comparison("WTConv", what, "its convolutions", partial(wtconv_with_convolutions, layer, x), partial(layer, x))
 
 
 def _vmamba(s: Sizes) -> Iterator[Comparison]:

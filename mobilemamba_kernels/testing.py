@@ -165,6 +165,23 @@ def wavelet_with_convolutions(
     return y if base is None else y + base
 
 
+def wtconv_with_convolutions(layer: Any, x: Tensor) -> Tensor:
+    """A layer of WTConv as the cascade of convolutions that it is published as."""
+    low, kept = x, []
+    for conv, scale in zip(layer.wavelet_convs, layer.wavelet_scale, strict=True):
+        height, width = low.shape[2:]
+        padded = F.pad(low, (0, width % 2, 0, height % 2))
+        bands = F.conv2d(padded, layer.wt_filter, stride=2, groups=x.shape[1])
+        low = bands[:, ::4]
+        kept.append((conv(bands) * scale.weight, (height, width)))
+    lifted = torch.zeros_like(low)
+    for bands, (height, width) in reversed(kept):
+        bands = bands.clone()
+        bands[:, ::4] += lifted
+        lifted = F.conv_transpose2d(bands, layer.iwt_filter, stride=2, groups=x.shape[1])[..., :height, :width]
+    return layer.base_conv(x) * layer.base_scale.weight + lifted
+
+
 def causal_with_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """``causal_conv1d_fn`` without states and sequence numbers, as models write it without a kernel."""
     width, length = weight.shape[1], x.shape[-1]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mobilemamba_kernels import patch, patched, unpatch, use_backend
 from mobilemamba_kernels.interop import causal_conv1d, mamba_ssm, vim, vmamba, wtconv
+from mobilemamba_kernels.testing import wtconv_with_convolutions
 
 FUNCTIONS: dict[str, Callable] = {
     **{f"mamba_ssm.{name}": getattr(mamba_ssm, name) for name in mamba_ssm.__all__},
@@ -555,19 +556,7 @@ def test_wtconv_is_the_cascade_of_convolutions(levels, size):
     torch.manual_seed(0)
     layer = wtconv.WTConv2d(3, 3, kernel_size=3, wt_levels=levels).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    low, kept = x, []
-    for conv, scale in zip(layer.wavelet_convs, layer.wavelet_scale, strict=True):
-        height, width = low.shape[2:]
-        padded = F.pad(low, (0, width % 2, 0, height % 2))
-        bands = F.conv2d(padded, layer.wt_filter, stride=2, groups=3)
-        low = bands[:, ::4]
-        kept.append((conv(bands) * scale.weight, (height, width)))
-    lifted = torch.zeros_like(low)
-    for bands, (height, width) in reversed(kept):
-        bands = bands.clone()
-        bands[:, ::4] += lifted
-        lifted = F.conv_transpose2d(bands, layer.iwt_filter, stride=2, groups=3)[..., :height, :width]
-    torch.testing.assert_close(layer(x), layer.base_conv(x) * layer.base_scale.weight + lifted)
+    torch.testing.assert_close(layer(x), wtconv_with_convolutions(layer, x))
     torch.testing.assert_close(layer.float()(x.float()).double(), layer.double()(x), rtol=1e-4, atol=1e-5)
 
 

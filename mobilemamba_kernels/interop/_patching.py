@@ -44,7 +44,7 @@ class _Swap:
             return ours(*args, **kwargs) if serves else theirs(*args, **kwargs)
 
         call.mobilemamba_kernels = self  # type: ignore[attr-defined]
-        self.call = call
+        self.call: Any = call
 
     def start(self) -> None:
         self.active = True
@@ -109,10 +109,9 @@ def patch(target: str) -> dict[str, Any]:
             part.targets.add(target)
             part.start()
         replaced |= {f"sys.modules[{part.name!r}]": None for part in found if isinstance(part, _Provided)}
-        swaps = {id(part.theirs): part for part in found if isinstance(part, _Swap)}
-        _exchange({theirs: swap.call for theirs, swap in swaps.items()})
-        calls = {id(swap.call): swap.theirs for swap in swaps.values()}
-        replaced |= {place: calls[id(value)] for place, _, _, value in _held(calls)}
+        calls = [part.call for part in found if isinstance(part, _Swap)]
+        held = _exchange({id(call.mobilemamba_kernels.theirs): call for call in calls} | {id(c): c for c in calls})
+        replaced |= {place: call.mobilemamba_kernels.theirs for place, call in held.items()}
         return dict(replaced)
 
 
@@ -189,16 +188,18 @@ def _held(wanted: Collection[int]) -> Iterator[tuple[str, Any, str, Any]]:
                 yield f"{place}.{name}", owner, name, held
 
 
-def _exchange(new: dict[int, _Function]) -> None:
-    """Put other functions, by the ids of those that they replace, wherever these are held."""
-    for _, owner, name, value in list(_held(new)) if new else ():
-        function = new[id(value)]
+def _exchange(new: dict[int, _Function]) -> dict[str, Any]:
+    """Put other functions, by the ids of those that they replace, wherever these are held; return them by place."""
+    placed = {}
+    for place, owner, name, value in list(_held(new)) if new else ():
+        placed[place] = function = new[id(value)]
         if type(vars(owner)[name]) is staticmethod:
             setattr(owner, name, staticmethod(function))
         elif isinstance(owner, nn.Module):
             vars(owner)[name] = function
         else:
             setattr(owner, name, function)
+    return placed
 
 
 def _parameters(function: _Function) -> list[str]:

@@ -659,6 +659,8 @@ CASES: tuple[Case, ...] = (
     _depthwise(1, 72, 11, 18, k=7, stride=2, has="r"),
     _depthwise(5, 24, 7, 6, k=5, activation="relu", has="brst"),
     _depthwise(2, 40, 6, 7, k=3, activation="none", has="s"),
+    _depthwise(9, 72, 5, 6, activation="relu", has="br"),  # blocks of several images
+    _depthwise(5, 64, 20, 17, activation="silu", has="b"),
     _depthwise(0, 3, 4, 4),
     _depthwise(2, 0, 4, 4),
     _depthwise(16, 192, 14, 14, benchmark=True),
@@ -723,6 +725,8 @@ CASES: tuple[Case, ...] = (
     _squeeze_excite(3, 16, 8, 1, 5, bias=False),
     _squeeze_excite(2, 21, 8, 3, 4, packed=torch.float32),
     _squeeze_excite(2, 21, 9, 3, 4, packed=torch.bfloat16),
+    _squeeze_excite(9, 130, 35, 5, 7),
+    _squeeze_excite(1, 12, 20, 19, 17),
     _squeeze_excite(0, 3, 2, 4, 4),
     _squeeze_excite(2, 0, 2, 3, 3),
     _squeeze_excite(2, 3, 0, 3, 3),

@@ -415,6 +415,19 @@ def test_every_element_is_written(case, instruction_set):
     assert all(t.isfinite().all() for t in (*results, *grads.values()))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases("depthwise_conv2d_act", benchmark=False) if c.arguments.get("residual") == c.arguments["x"]],
+    ids=str,
+)
+@all_dtypes
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_every_element_where_the_input_is_the_residual(case, dtype, layout):
+    arguments = case.make(dtype, layout)
+    copied, itself = ({**arguments, "residual": r} for r in (arguments["x"].clone(), arguments["x"]))
+    assert torch.equal(case.run(itself)[0], case.run(copied)[0])
+
+
 @small_cases
 def test_arguments_are_left_alone(case):
     arguments = case.make(layout="channels_last")

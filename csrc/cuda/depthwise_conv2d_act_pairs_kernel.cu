@@ -1,52 +1,59 @@
 // depthwise_conv2d_act of channels-last maps, 1×1 to 7×7 at stride 1 and 2: a lane has two channels.
 //
-// A block has 64 channels (or as many images of fewer as fill 32 lanes) of a tile of outputs, up to 16×16. It copies
-// what lies under the filter, with zeros beside the map, and the residual into shared memory, 16 bytes a load and
-// several on their way, so that whole tiles and not single rows wait for memory. Then a warp goes down strips of up to
-// 8 outputs of a column, all of it unrolled: two filters and the open sums in registers, a row of the tile under the
+// A block has 64 channels (or as many images of fewer as fill 32 lanes) of a tile of outputs, up to 16×16, of some
+// images one after the other: as many blocks as the device has room for. What lies under the filter, with zeros beside
+// the map, and a residual that is not x, is copied to shared memory, 16 bytes a load, by copies that do not wait: those
+// of the next image while this one is filtered, where there is room for both. A warp goes down strips of up to 8
+// outputs of a column, all of it unrolled: two filters and the open sums in registers, a row of the tile under the
 // filter read once (k loads of 4 bytes at constant offsets) for all output rows that it meets. Bytes: x (with the rows
 // and columns that tiles share), residual and y once; filters, in float32, once a block.
 //
-// Instructions of an output (sm_90, 16 bits, 14×14): about 25 at k = 3 and 97 at k = 7, of which k² multiply-adds, and
+// Instructions of an output (sm_90, 16 bits, 14×14): about 24 at k = 3 and 96 at k = 7, of which k² multiply-adds, and
 // ten for copying and what a block does once.
+#include <cuda_pipeline_primitives.h>
+
 #include "cuda/device.h"
 #include "cuda/launchers.h"
 
 namespace mobilemamba {
 namespace {
 
-constexpr int kRows = 8;   // of a strip at most
-constexpr int kLoads = 4;  // of a thread on their way
+constexpr int kRows = 8;  // of a strip at most
 template <int kK>
-constexpr int kThreads = kK <= 3 ? 384 : 192;
+constexpr int kThreads = kK <= 3   ? 320
+                         : kK == 5 ? 256
+                                   : 192;
 template <int kK>
-constexpr int kBlocksOfProcessor = kK == 7 ? 2 : 3;
+constexpr int kBlocksOfProcessor = kK <= 3 ? 3 : 2;
 
 struct Plan : DepthwiseConv2dActParams {
-  int pairs, images;  // of a block: a lane each
+  int pairs, images;     // of a block at once: a lane each
+  unsigned image_steps;  // that all images take, `images` at once
   unsigned channel_blocks, row_tiles, column_tiles;
+  unsigned groups;                          // of steps: a block has one
   int tile_rows, tile_columns, in_columns;  // of outputs, and of what lies under the filter
   int strips, strip;                        // of a tile, and its rows
   SmallDivisor by_column, by_pair;
-  bool vectors;  // 16 bytes a load
+  bool vectors;   // 16 bytes a load
+  bool of_input;  // the residual is x itself
+  int buffers;    // one or two steps in shared memory
 
   ANYWHERE int in_rows() const { return static_cast<int>((tile_rows - 1) * stride + k); }
   ANYWHERE int64_t filter_floats() const { return ceil_div(2 * pairs * k * k, 4) * 4; }
-  int64_t blocks() const {
-    return static_cast<int64_t>(channel_blocks) * row_tiles * column_tiles * ceil_div(batch, images);
+  int64_t tiles() const { return static_cast<int64_t>(channel_blocks) * row_tiles * column_tiles; }
+  ANYWHERE int step_floats() const {
+    const int positions = in_rows() * in_columns + (residual && !of_input ? tile_rows * tile_columns : 0);
+    return positions * kWarp * static_cast<int>(element_size(x.elements.dtype)) / 2;
   }
-  int64_t shared_floats() const {
-    const int64_t positions = in_rows() * in_columns + (residual ? tile_rows * tile_columns : 0);
-    return filter_floats() + positions * kWarp * element_size(x.elements.dtype) / 2;
-  }
+  int64_t shared_floats() const { return filter_floats() + int64_t{buffers} * step_floats(); }
 };
 
-// Copies a rectangle of a map to `tile`, [row][column][lane], zeros for what is beside the map and for absent channels.
-// A warp has a row at a time.
+// Begins to copy a rectangle of a map to `tile`, [row][column][lane], zeros for what is beside the map and for absent
+// channels. A warp has a row at a time.
 template <class Vector, class T>
-__device__ __forceinline__ void copy(TwoChannels<T>* tile, const Plan& p, const Map& map, int64_t first_image,
-                                     int first_channel, int top, int left, int rows, int columns, int height,
-                                     int width) {
+__device__ __forceinline__ void begin_copy(TwoChannels<T>* tile, const Plan& p, const Map& map, int64_t first_image,
+                                           int first_channel, int top, int left, int rows, int columns, int height,
+                                           int width) {
   constexpr int kVectors = kWarp * sizeof(TwoChannels<T>) / sizeof(Vector);  // of a position
   constexpr int kStep = kVectors < kWarp ? kWarp / kVectors : 1;             // positions of a warp at a time
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, thread = threadIdx.x % kWarp;
@@ -65,21 +72,12 @@ __device__ __forceinline__ void copy(TwoChannels<T>* tile, const Plan& p, const 
       const unsigned count = static_cast<unsigned>(top + r) < static_cast<unsigned>(height) ? met : 0;
       unsigned from = (top + r) * row + (left + begin) * column;
       Vector* to = reinterpret_cast<Vector*>(tile) + (r * columns + begin) * kVectors + vector;
-#pragma unroll 1
-      for (int x = begin; x < columns; x += kLoads * kStep) {
-        Vector v[kLoads];
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j) {
-          v[j] = Vector{};
-          if (static_cast<unsigned>(x + j * kStep - low) < count)
-            v[j] = *reinterpret_cast<const Vector*>(source + from);
-          from += kStep * column;
-        }
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j)
-          if (x + j * kStep < columns) to[j * kStep * kVectors] = v[j];
-        to += kLoads * kStep * kVectors;
-      }
+#pragma unroll 2
+      for (int x = begin; x < columns; x += kStep, to += kStep * kVectors, from += kStep * column)
+        if (static_cast<unsigned>(x - low) < count)
+          __pipeline_memcpy_async(to, source + from, sizeof(Vector));
+        else
+          *to = Vector{};
     }
   }
 }
@@ -100,92 +98,125 @@ __global__ void __launch_bounds__(kThreads<kK>, kBlocksOfProcessor<kK>) pairs_ke
     first_column = static_cast<int>(item % p.column_tiles) * p.tile_columns, item /= p.column_tiles;
     first_row = static_cast<int>(item % p.row_tiles) * p.tile_rows, item /= p.row_tiles;
   }
-  const int64_t first_image = static_cast<int64_t>(item) * p.images;
+  const unsigned whole = p.image_steps / p.groups, more = p.image_steps - whole * p.groups;
+  const unsigned steps = whole + (item < more), first_step = item * whole + (item < more ? item : more);
 
-  auto* tile = reinterpret_cast<TwoChannels<T>*>(shared_memory + p.filter_floats());
-  auto* residuals = tile + p.in_rows() * p.in_columns * kWarp;
-  const auto copy_all = [&](auto vector) {
-    using Vector = decltype(vector);
-    const int padding = static_cast<int>(p.padding);
-    copy<Vector>(tile, p, p.x, first_image, first_channel, first_row * kStride - padding,
-                 first_column * kStride - padding, p.in_rows(), p.in_columns, static_cast<int>(p.height),
-                 static_cast<int>(p.width));
-    if (p.residual)
-      copy<Vector>(residuals, p, p.residual, first_image, first_channel, first_row, first_column, p.tile_rows,
-                   p.tile_columns, static_cast<int>(p.out_height), static_cast<int>(p.out_width));
+  const auto tile_of = [&](unsigned step) {
+    return reinterpret_cast<TwoChannels<T>*>(shared_memory + p.filter_floats() +
+                                             (p.buffers == 2 ? step % 2 : 0) * p.step_floats());
   };
-  if (p.vectors)
-    copy_all(SixteenBytes{});
-  else
-    copy_all(TwoChannels<T>{});
-  const int rest = static_cast<int>(p.channels) - first_channel;
-  visit(p.weight + static_cast<int64_t>(first_channel) * kTaps, [&](const auto* weight) {
-    const int count = (rest < 2 * p.pairs ? rest : 2 * p.pairs) * kTaps;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) shared_memory[i] = to_float(weight[i]);
-  });
-  __syncthreads();
+  const int residual_at = p.in_rows() * p.in_columns * kWarp, padding = static_cast<int>(p.padding);
+  const auto begin_step = [&](unsigned step) {
+    TwoChannels<T>* const tile = tile_of(step);
+    const int64_t first_image = static_cast<int64_t>(first_step + step) * p.images;
+    const auto begin_all = [&](auto vector) {
+      using Vector = decltype(vector);
+      begin_copy<Vector>(tile, p, p.x, first_image, first_channel, first_row * kStride - padding,
+                         first_column * kStride - padding, p.in_rows(), p.in_columns, static_cast<int>(p.height),
+                         static_cast<int>(p.width));
+      if (p.residual && !p.of_input)
+        begin_copy<Vector>(tile + residual_at, p, p.residual, first_image, first_channel, first_row, first_column,
+                           p.tile_rows, p.tile_columns, static_cast<int>(p.out_height), static_cast<int>(p.out_width));
+    };
+    if (p.vectors)
+      begin_all(SixteenBytes{});
+    else
+      begin_all(TwoChannels<T>{});
+    __pipeline_commit();
+  };
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int image = static_cast<int>(p.by_pair.quotient(lane)), pair = lane - image * p.pairs;
   const int channel = first_channel + 2 * pair;
-  if (image >= p.images || first_image + image >= p.batch || channel >= p.channels) return;
-  float2 w[kTaps];
-#pragma unroll
-  for (int i = 0; i < kTaps; ++i) {  // side by side in shared memory: the filter of one channel, then that of the other
-    const float2 two = reinterpret_cast<const float2*>(shared_memory)[pair * kTaps + i];
-    (2 * i < kTaps ? w[2 * i].x : w[2 * i - kTaps].y) = two.x;
-    (2 * i + 1 < kTaps ? w[2 * i + 1].x : w[2 * i + 1 - kTaps].y) = two.y;
-  }
-  const auto read = [&](const Elements& vector, int64_t stride, float absent) {
-    const Elements own = vector + channel * stride;
-    return vector ? float2{load(own), load(own + stride)} : float2{absent, absent};
+  const bool has_channels = image < p.images && channel < p.channels;
+  float2 w[kTaps] = {}, bias{}, scale{}, shift{};
+  const auto copy_filters = [&] {
+    const int rest = static_cast<int>(p.channels) - first_channel;
+    visit(p.weight + static_cast<int64_t>(first_channel) * kTaps, [&](const auto* weight) {
+      const int count = (rest < 2 * p.pairs ? rest : 2 * p.pairs) * kTaps;
+      for (int i = threadIdx.x; i < count; i += blockDim.x) shared_memory[i] = to_float(weight[i]);
+    });
   };
-  const float2 bias = read(p.bias, p.bias_stride, 0.0f);
-  const float2 scale = read(p.scale, p.scale_stride, 1.0f), shift = read(p.shift, p.shift_stride, 0.0f);
-  T* const y = static_cast<T*>(p.y.elements.data) + (first_image + image) * p.y.batch + channel;
+  const auto read_filters = [&] {
+#pragma unroll
+    for (int i = 0; i < kTaps; ++i) {  // side by side in shared memory: that of one channel, then that of the other
+      const float2 two = reinterpret_cast<const float2*>(shared_memory)[pair * kTaps + i];
+      (2 * i < kTaps ? w[2 * i].x : w[2 * i - kTaps].y) = two.x;
+      (2 * i + 1 < kTaps ? w[2 * i + 1].x : w[2 * i + 1 - kTaps].y) = two.y;
+    }
+    const auto read = [&](const Elements& vector, int64_t stride, float absent) {
+      const Elements own = vector + channel * stride;
+      return vector && has_channels ? float2{load(own), load(own + stride)} : float2{absent, absent};
+    };
+    bias = read(p.bias, p.bias_stride, 0.0f);
+    scale = read(p.scale, p.scale_stride, 1.0f), shift = read(p.shift, p.shift_stride, 0.0f);
+  };
   const int y_row = static_cast<int>(p.y.row);
 
+  const auto filter = [&](unsigned step) {
+    const TwoChannels<T>* const tile = tile_of(step);
+    const int64_t own_image = static_cast<int64_t>(first_step + step) * p.images + image;
+    if (!has_channels || own_image >= p.batch) return;
+    const TwoChannels<T>* const added_tile =
+        tile + (p.of_input ? (padding * p.in_columns + padding) * kWarp : residual_at) + lane;
+    const int added_columns = p.of_input ? p.in_columns : p.tile_columns;
+    T* const y = static_cast<T*>(p.y.elements.data) + own_image * p.y.batch + channel;
 #pragma unroll 1
-  for (int strand = warp; strand < p.strips * p.tile_columns; strand += warps) {
-    const int of_tile = static_cast<int>(p.by_column.quotient(strand)), column = strand - of_tile * p.tile_columns;
-    const int top = of_tile * p.strip, row = first_row + top;
-    int rows = p.tile_rows - top < p.strip ? p.tile_rows - top : p.strip;
-    if (p.out_height - row < rows) rows = static_cast<int>(p.out_height) - row;
-    if (rows <= 0 || first_column + column >= p.out_width) continue;
-    const TwoChannels<T>* in = tile + (top * kStride * p.in_columns + column * kStride) * kWarp + lane;
-    const TwoChannels<T>* added = residuals + (top * p.tile_columns + column) * kWarp + lane;
-    T* out = y + (row * y_row + (first_column + column) * static_cast<int>(p.y.column));
-    float2 sums[kRows];
+    for (int strand = warp; strand < p.strips * p.tile_columns; strand += warps) {
+      const int of_tile = static_cast<int>(p.by_column.quotient(strand)), column = strand - of_tile * p.tile_columns;
+      const int top = of_tile * p.strip, row = first_row + top;
+      int rows = p.tile_rows - top < p.strip ? p.tile_rows - top : p.strip;
+      if (p.out_height - row < rows) rows = static_cast<int>(p.out_height) - row;
+      if (rows <= 0 || first_column + column >= p.out_width) continue;
+      const TwoChannels<T>* in = tile + (top * kStride * p.in_columns + column * kStride) * kWarp + lane;
+      const TwoChannels<T>* added = added_tile + (top * added_columns + column) * kWarp;
+      T* out = y + (row * y_row + (first_column + column) * static_cast<int>(p.y.column));
+      float2 sums[kRows];
 #pragma unroll
-    for (int o = 0; o < kRows; ++o) sums[o] = bias;
+      for (int o = 0; o < kRows; ++o) sums[o] = bias;
 #pragma unroll
-    for (int i = 0; i < (kRows - 1) * kStride + kK; ++i) {
-      float2 v[kK];
+      for (int i = 0; i < (kRows - 1) * kStride + kK; ++i) {
+        float2 v[kK];
 #pragma unroll
-      for (int t = 0; t < kK; ++t) v[t] = in[t * kWarp].floats();
-      in += p.in_columns * kWarp;
+        for (int t = 0; t < kK; ++t) v[t] = in[t * kWarp].floats();
+        in += p.in_columns * kWarp;
 #pragma unroll
-      for (int o = 0; o < kRows; ++o) {
-        const int r = i - o * kStride;
-        if (r < 0 || r >= kK) continue;
+        for (int o = 0; o < kRows; ++o) {
+          const int r = i - o * kStride;
+          if (r < 0 || r >= kK) continue;
 #pragma unroll
-        for (int t = 0; t < kK; ++t) {
-          sums[o].x += v[t].x * w[r * kK + t].x;
-          sums[o].y += v[t].y * w[r * kK + t].y;
+          for (int t = 0; t < kK; ++t) {
+            sums[o].x += v[t].x * w[r * kK + t].x;
+            sums[o].y += v[t].y * w[r * kK + t].y;
+          }
+          if (r < kK - 1) continue;
+          float2 sum = activate(sums[o], p.activation);
+          sum = {sum.x * scale.x + shift.x, sum.y * scale.y + shift.y};
+          if (p.residual) {
+            const float2 more = added->floats();
+            sum = {sum.x + more.x, sum.y + more.y}, added += added_columns * kWarp;
+          }
+          *reinterpret_cast<TwoChannels<T>*>(out) = TwoChannels<T>::of(sum);
+          out += y_row;
+          if (o + 1 == rows) goto complete;
         }
-        if (r < kK - 1) continue;
-        float2 sum = activate(sums[o], p.activation);
-        sum = {sum.x * scale.x + shift.x, sum.y * scale.y + shift.y};
-        if (p.residual) {
-          const float2 more = added->floats();
-          sum = {sum.x + more.x, sum.y + more.y}, added += p.tile_columns * kWarp;
-        }
-        *reinterpret_cast<TwoChannels<T>*>(out) = TwoChannels<T>::of(sum);
-        out += y_row;
-        if (o + 1 == rows) goto complete;
       }
+    complete:;
     }
-  complete:;
+  };
+#pragma unroll 1
+  for (unsigned step = 0, begun = 0; step < steps; ++step) {
+    if (step > 0) __syncthreads();
+#pragma unroll 1
+    for (; begun < steps && begun < step + p.buffers; ++begun) begin_step(begun);
+    if (step == 0) copy_filters();
+    if (begun > step + 1)
+      __pipeline_wait_prior(1);
+    else
+      __pipeline_wait_prior(0);
+    __syncthreads();
+    if (step == 0) read_filters();
+    filter(step);
   }
 }
 
@@ -199,11 +230,17 @@ void divide(Plan& p, int64_t rows, int64_t columns) {
 
 Plan plan(const DepthwiseConv2dActParams& params, int64_t processors) {
   constexpr int64_t kMostSide = 16, kLeastSide = 4, kMostFloats = (64 << 10) / sizeof(float);
+  constexpr int64_t kReserved = (1 << 10) / sizeof(float);  // of a block's shared memory
   Plan p{params};
   const int64_t pairs = p.channels / 2;
   p.pairs = static_cast<int>(pairs < kWarp ? pairs : kWarp);
   p.images = kWarp / p.pairs;
+  p.image_steps = static_cast<unsigned>(ceil_div(p.batch, p.images));
   p.channel_blocks = static_cast<unsigned>(ceil_div(pairs, p.pairs));
+  p.of_input = p.residual && p.residual.elements.data == p.x.elements.data && p.residual.batch == p.x.batch &&
+               p.residual.row == p.x.row && p.residual.column == p.x.column && p.stride == 1 &&
+               2 * p.padding + 1 == p.k;
+  p.buffers = 1;
   divide(p, share(p.out_height, kMostSide), share(p.out_width, kMostSide));
   const auto smaller = [&] {
     if (p.tile_rows >= p.tile_columns)
@@ -212,13 +249,19 @@ Plan plan(const DepthwiseConv2dActParams& params, int64_t processors) {
       divide(p, p.tile_rows, ceil_div(p.tile_columns, 2));
   };
   while (p.shared_floats() > kMostFloats && p.tile_rows + p.tile_columns > 2) smaller();
-  while (p.blocks() < processors && (p.tile_rows > kLeastSide || p.tile_columns > kLeastSide)) smaller();
+  while (p.tiles() * p.image_steps < processors && (p.tile_rows > kLeastSide || p.tile_columns > kLeastSide)) smaller();
   p.strips = static_cast<int>(ceil_div(p.tile_rows, kRows));
   p.strip = static_cast<int>(ceil_div(p.tile_rows, p.strips));
   p.by_column = SmallDivisor(p.tile_columns);
   p.by_pair = SmallDivisor(p.pairs);
   const auto fits = [&](const Map& map) { return channels_are_vectors(map, p.channels); };
   p.vectors = fits(p.x) && (!p.residual || fits(p.residual));
+  const int64_t most = p.k <= 3 ? kBlocksOfProcessor<3> : kBlocksOfProcessor<7>;
+  const int64_t floats = most_shared_bytes() / sizeof(float) + kReserved;
+  p.buffers = 2;
+  if ((p.shared_floats() + kReserved) * most > floats) p.buffers = 1;
+  const int64_t resident = processors * between(floats / (p.shared_floats() + kReserved), 1, most);
+  p.groups = static_cast<unsigned>(between(resident / p.tiles(), 1, p.image_steps));
   return p;
 }
 
@@ -231,7 +274,7 @@ bool depthwise_takes_pairs(const DepthwiseConv2dActParams& p) {
   };
   constexpr int64_t kMost = 1 << 20;  // of a side: tiles then count in 32 bits
   return channels_are_pairs(p.x, p.channels, p.height, p.width) && same(p.y) && (!p.residual || same(p.residual)) &&
-         p.height < kMost && p.width < kMost && p.padding < kMost && plan(p, 1).blocks() * 16 < kMostBlocks;
+         p.height < kMost && p.width < kMost && p.padding < kMost && plan(p, 1).tiles() * p.batch * 16 < kMostBlocks;
 }
 
 cudaError_t depthwise_conv2d_act_pairs(const DepthwiseConv2dActParams& params, cudaStream_t stream) {
@@ -239,7 +282,8 @@ cudaError_t depthwise_conv2d_act_pairs(const DepthwiseConv2dActParams& params, c
   const auto start = [&](void (*kernel)(Plan), int64_t most_threads) {
     const int64_t strands = static_cast<int64_t>(p.strips) * p.tile_columns;
     const int64_t warps = share(strands, most_threads / kWarp);
-    return launch_blocks(kernel, p.blocks(), static_cast<unsigned>(warps * kWarp), p.shared_floats(), stream, p);
+    return launch_blocks(kernel, p.tiles() * p.groups, static_cast<unsigned>(warps * kWarp), p.shared_floats(), stream,
+                         p);
   };
   return with_element(p.x.elements.dtype, [&](auto element) {
     using T = decltype(element);

@@ -48,8 +48,11 @@ struct alignas(2 * sizeof(T)) TwoChannels {
       const uint32_t bits[2] = {words[0] << 16, words[0] & 0xffff0000u};
       memcpy(&f, bits, sizeof f);
     } else {
+      uint32_t own[sizeof(T) / 2];  // memcpy would read shared memory byte by byte
+#pragma unroll
+      for (unsigned i = 0; i < sizeof(T) / 2; ++i) own[i] = words[i];
       T values[2];
-      memcpy(values, words, sizeof values);
+      memcpy(values, own, sizeof values);
       f = {to_float(values[0]), to_float(values[1])};
     }
     return f;

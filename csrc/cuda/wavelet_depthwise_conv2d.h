@@ -46,14 +46,14 @@ struct WaveletUnit {
   }
 };
 
-// The units of a group.
+// The units of a group; the first groups have one more where they are not the same.
 struct UnitsOf {
   int64_t first;
   int count;
 };
 __device__ __forceinline__ UnitsOf units_of(const WaveletParams& p, int64_t group) {
-  const int64_t first = p.units * group / p.groups;
-  return {first, static_cast<int>(p.units * (group + 1) / p.groups - first)};
+  const int64_t count = p.units / p.groups, more = p.units - count * p.groups;
+  return {group * count + (group < more ? group : more), static_cast<int>(count + (group < more))};
 }
 
 // The bands of a unit, or of some rows of it, in shared memory: [band][slot][column][lane].

@@ -248,7 +248,7 @@ cudaError_t wavelet_depthwise_conv2d_pairs(const WaveletDepthwiseConv2dCudaParam
   const auto start = [&](auto taps, auto columns) {
     constexpr int kK = decltype(taps)::value, kColumns = decltype(columns)::value;
     const int64_t resident = multiprocessors() * kResident<kK, kColumns>, positions = p.rows * kColumns;
-    p.groups = ceil_div(p.units, ceil_div(p.units * p.blocks, resident));
+    p.groups = between(resident / p.blocks, 1, p.units);
     const int64_t of_group = ceil_div(p.units, p.groups), most = kMostPositions / positions;
     p.images = static_cast<int>(most < 1 ? 1 : most < of_group ? most : of_group);
     p.by_row = SmallDivisor(p.rows), p.by_width = SmallDivisor(p.width);

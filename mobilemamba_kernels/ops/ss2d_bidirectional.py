@@ -82,6 +82,13 @@ def ss2d_bidirectional(
     return _run[choose(op, *args[:-1])](*args)
 
 
+def _product(weight_axes: str, weight: Tensor, x_axes: str, x: Tensor, axes: str) -> Tensor:
+    """einsum's product in x's layout: what is named first lies outside, so weights do where positions are inside."""
+    if x.stride(-2) == 1:
+        return torch.einsum(f"{x_axes},{weight_axes}->{axes}", x, weight)
+    return torch.einsum(f"{weight_axes},{x_axes}->{axes}", weight, x)
+
+
 def _project(
     x: Tensor, x_proj_weight: Tensor, dt_proj_weight: Tensor, A_log: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -89,9 +96,9 @@ def _project(
     dtype = accumulate_dtype(x.dtype)
     u = x.to(dtype).flatten(2)
     rank, state = dt_proj_weight.shape[2], A_log.shape[2]
-    projected = torch.einsum("kcd,bdl->bkcl", x_proj_weight.to(dtype), u)
+    projected = _product("kcd", x_proj_weight.to(dtype), "bdl", u, "bkcl")
     dt_low, B, C = projected.split((rank, state, state), dim=2)
-    delta = torch.einsum("kdr,bkrl->bkdl", dt_proj_weight.to(dtype), dt_low)
+    delta = _product("kdr", dt_proj_weight.to(dtype), "bkrl", dt_low, "bkdl")
     return u, delta, -torch.exp(A_log.to(dtype)), B, C
 
 

@@ -1,8 +1,9 @@
-"""Squeeze-and-excitation in three launches: means, hidden channels, and weights with what they scale.
+"""Squeeze-and-excitation in two launches: hidden channels, and weights with what they scale.
 
-The last kernel computes the weights of 16 images × some channels, the rows that tensor cores take, and scales a run of
-those images' positions with them. x moves twice, the second time out of the L2 cache where it fits, the result once;
-means and hidden channels are small.
+The 16 rows that tensor cores take are up to eight images times parts of their positions, whose products are added: the
+mean of a block of channels is multiplied where it was made. The second kernel computes the weights of 16 images × some
+channels and scales a run of those images' positions with them. x moves once, and out of the L2 cache, where it fits,
+once for each tile of hidden channels and once for the result; the result moves once.
 """
 
 from __future__ import annotations
@@ -15,43 +16,65 @@ import triton.language as tl
 from torch import Tensor
 
 from mobilemamba_kernels.ops.pack_weight import outputs_of, unpack_weight
+from mobilemamba_kernels.triton._activations import activate
 from mobilemamba_kernels.triton._launch import (
+    ALL_REGISTERS,
     Configuration,
     blocks,
-    channels_inside,
     every_map,
     index_type,
     launch,
     record,
     strides_of,
 )
-from mobilemamba_kernels.triton._products import multiplication, multiplied_as, multiply, product
+from mobilemamba_kernels.triton._products import multiplication, multiplied_as, product
 from mobilemamba_kernels.triton._tiles import BUSY
 
-_MEAN_ELEMENTS = 1024  # of a tile of one image
-_IMAGES = 16
+_ROWS = 16  # of a product
+_MOST_IMAGES = 8  # whose means are taken at a time
+_MOST_STEPS = 16  # positions of a row that are on their way
+_FEWEST_PROGRAMS = 96
 _CHANNELS = 64  # of a tile of weights
 _DEPTH = 32
 _STEP = 4  # positions that are scaled at a time
 
 
 @triton.jit
-def _mean_kernel(
-    x, mean, channels, width, positions,
+def _hidden_kernel(
+    x, weight, bias, hidden, images, channels, hidden_channels, width, positions,
     x_batch, x_channel, x_row, x_column,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    w_hidden, w_channel, bias_stride,
+    MULTIPLY: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr, PARTS: tl.constexpr, HIDDEN: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(channels, CHANNELS)
-    batch = (tl.program_id(0) // across).to(INDEX)
-    c = (tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)).to(INDEX)
-    exists = (c < channels)[None, :]
-    x += batch * x_batch + (c * x_channel)[None, :]
-    total = tl.zeros([POSITIONS, CHANNELS], tl.float32)
-    for begin in range(0, positions, POSITIONS):
-        at = (begin + tl.arange(0, POSITIONS).to(INDEX))[:, None]
-        pixels = tl.load(x + at // width * x_row + at % width * x_column, exists & (at < positions), 0.0)
-        total += pixels.to(tl.float32)
-    tl.store(mean + batch * channels + c, tl.sum(total, 0) / positions, c < channels)
+    across = tl.cdiv(hidden_channels, HIDDEN)
+    program = tl.program_id(0)
+    h = (program % across * HIDDEN + tl.arange(0, HIDDEN)).to(INDEX)
+    rows = tl.arange(0, IMAGES * PARTS)
+    image = (program // across).to(INDEX) * IMAGES + (rows // PARTS).to(INDEX)
+    part = (rows % PARTS).to(INDEX)[:, None]
+    x += (image * x_batch)[:, None]
+    exists, wanted = (image < images)[:, None], h < hidden_channels
+    total = tl.zeros([IMAGES * PARTS, HIDDEN], tl.float32)
+    for begin in range(0, channels, DEPTH):
+        c = (begin + tl.arange(0, DEPTH)).to(INDEX)
+        held = exists & (c < channels)[None, :]
+        sums = tl.zeros([IMAGES * PARTS, DEPTH], tl.float32)
+        for run in range(0, positions, PARTS * STEPS):
+            for step in tl.static_range(STEPS):
+                at = run + step * PARTS + part
+                pixels = x + at // width * x_row + at % width * x_column + (c * x_channel)[None, :]
+                sums += tl.load(pixels, held & (at < positions), 0.0).to(tl.float32)
+        at = weight + c[:, None] * w_channel + (h * w_hidden)[None, :]
+        right = tl.load(at, (c < channels)[:, None] & wanted[None, :], 0.0)
+        total = product((sums / positions).to(MULTIPLY), right.to(MULTIPLY), total, PRECISION)
+    total = tl.sum(tl.reshape(total, [IMAGES, PARTS, HIDDEN]), 1)
+    if bias is not None:
+        total += tl.load(bias + h * bias_stride, wanted, 0.0).to(tl.float32)[None, :]
+    image = (program // across).to(INDEX) * IMAGES + tl.arange(0, IMAGES).to(INDEX)
+    at = hidden + image[:, None] * hidden_channels + h[None, :]
+    tl.store(at, activate(total, "relu"), (image < images)[:, None] & wanted[None, :])
 
 
 @triton.jit
@@ -92,17 +115,34 @@ def _scale_kernel(
         tl.store(y + row * y_row + column * y_column, (pixels * gate).to(y.dtype.element_ty), inside)
 
 
-def _means(x: Tensor) -> Tensor:
+def _one_column(*maps: Tensor) -> tuple[Tensor, ...]:
+    """Maps with a row for each position, whose place takes no division, where their rows follow each other."""
+    if all(t.stride(2) == t.shape[3] * t.stride(3) for t in maps):
+        return tuple(t.view(*t.shape[:2], -1, 1) for t in maps)
+    return maps
+
+
+def _hidden(x: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
+    """relu(w1 · mean(x) + b1), (batch, M) in float32."""
     batch, channels, height, width = x.shape
-    mean = x.new_empty(batch, channels, 1, 1, dtype=torch.float32)
-    across = min(triton.next_power_of_2(channels), 32 if channels_inside(x) else 4)
-    positions = min(triton.next_power_of_2(height * width), _MEAN_ELEMENTS // across)
+    hidden = x.new_empty(batch, w1.shape[0], dtype=torch.float32)
+    images = min(triton.next_power_of_2(batch), _MOST_IMAGES)
+    parts = _ROWS // images
+    multiplied = multiplied_as(hidden.dtype, w1)
+    across = depth = 64 if multiplied == torch.float32 else 128
+    while across > 16 and blocks(batch, images) * blocks(hidden.shape[1], across) < _FEWEST_PROGRAMS:
+        across //= 2
+    steps = blocks(height * width, parts)
+    multiply_type, precision = multiplication(multiplied)
     launch(
-        _mean_kernel, batch * blocks(channels, across),
-        x, mean, channels, width, height * width, *x.stride(),
-        POSITIONS=positions, CHANNELS=across, INDEX=index_type(x),
+        _hidden_kernel, blocks(batch, images) * blocks(hidden.shape[1], across),
+        x, w1, b1, hidden, batch, channels, hidden.shape[1], width, height * width,
+        *x.stride(), *w1.stride(), *strides_of(b1, 1),
+        MULTIPLY=multiply_type, PRECISION=precision, IMAGES=images, PARTS=parts, HIDDEN=across,
+        DEPTH=depth, STEPS=blocks(steps, blocks(steps, _MOST_STEPS)),
+        INDEX=index_type(x), num_warps=8, maxnreg=ALL_REGISTERS,
     )  # fmt: skip
-    return mean
+    return hidden
 
 
 def forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -110,20 +150,20 @@ def forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | N
     y = torch.empty_like(x)
     if not y.numel():
         return y
+    x, result = _one_column(x, y)
     hidden_channels, positions = outputs_of(w1, b1), height * width
     w1, w2 = unpack_weight(w1, hidden_channels, channels), unpack_weight(w2, channels, hidden_channels)
-    hidden = x.new_empty(batch, hidden_channels, 1, 1, dtype=torch.float32)
-    multiply([_means(x)], w1, b1, "relu", [], "none", hidden)
+    hidden = _hidden(x, w1, b1)
     multiply_type, precision = multiplication(multiplied_as(hidden.dtype, w2))
-    tiles = blocks(batch, _IMAGES) * blocks(channels, _CHANNELS)
+    tiles = blocks(batch, _ROWS) * blocks(channels, _CHANNELS)
     steps = blocks(blocks(positions, _STEP), max(1, BUSY // tiles))
     parts = blocks(positions, _STEP * steps)
     launch(
         _scale_kernel, tiles * parts,
-        x, hidden, w2, b2, y, batch, channels, hidden_channels, width, positions, parts, steps,
-        *x.stride(), *w2.stride(), *strides_of(b2, 1), *y.stride(),
+        x, hidden, w2, b2, result, batch, channels, hidden_channels, x.shape[3], positions, parts, steps,
+        *x.stride(), *w2.stride(), *strides_of(b2, 1), *result.stride(),
         MULTIPLY=multiply_type, PRECISION=precision,
-        IMAGES=_IMAGES, CHANNELS=_CHANNELS, DEPTH=_DEPTH, STEP=_STEP, INDEX=index_type(x, y), num_warps=8,
+        IMAGES=_ROWS, CHANNELS=_CHANNELS, DEPTH=_DEPTH, STEP=_STEP, INDEX=index_type(x, y), num_warps=8,
     )  # fmt: skip
     return y
 

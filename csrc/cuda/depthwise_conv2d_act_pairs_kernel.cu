@@ -33,6 +33,7 @@ struct Plan : DepthwiseConv2dActParams {
   unsigned groups;                          // of steps: a block has one
   int tile_rows, tile_columns, in_columns;  // of outputs, and of what lies under the filter
   int strips, strip;                        // of a tile, and its rows
+  int64_t warps;
   SmallDivisor by_column, by_pair;
   bool vectors;   // 16 bytes a load
   bool of_input;  // the residual is x itself
@@ -256,7 +257,9 @@ Plan plan(const DepthwiseConv2dActParams& params, int64_t processors) {
   p.by_pair = SmallDivisor(p.pairs);
   const auto fits = [&](const Map& map) { return channels_are_vectors(map, p.channels); };
   p.vectors = fits(p.x) && (!p.residual || fits(p.residual));
-  const int64_t most = p.k <= 3 ? kBlocksOfProcessor<3> : kBlocksOfProcessor<7>;
+  const int64_t threads = p.k <= 3 ? kThreads<3> : p.k == 5 ? kThreads<5> : kThreads<7>;
+  p.warps = share(static_cast<int64_t>(p.strips) * p.tile_columns, threads / kWarp);
+  const int64_t most = (p.k <= 3 ? kBlocksOfProcessor<3> : kBlocksOfProcessor<7>)*threads / (p.warps * kWarp);
   const int64_t floats = most_shared_bytes() / sizeof(float) + kReserved;
   p.buffers = 2;
   if ((p.shared_floats() + kReserved) * most > floats) p.buffers = 1;
@@ -279,19 +282,17 @@ bool depthwise_takes_pairs(const DepthwiseConv2dActParams& p) {
 
 cudaError_t depthwise_conv2d_act_pairs(const DepthwiseConv2dActParams& params, cudaStream_t stream) {
   const Plan p = plan(params, multiprocessors());
-  const auto start = [&](void (*kernel)(Plan), int64_t most_threads) {
-    const int64_t strands = static_cast<int64_t>(p.strips) * p.tile_columns;
-    const int64_t warps = share(strands, most_threads / kWarp);
-    return launch_blocks(kernel, p.tiles() * p.groups, static_cast<unsigned>(warps * kWarp), p.shared_floats(), stream,
-                         p);
+  const auto start = [&](void (*kernel)(Plan)) {
+    return launch_blocks(kernel, p.tiles() * p.groups, static_cast<unsigned>(p.warps * kWarp), p.shared_floats(),
+                         stream, p);
   };
   return with_element(p.x.elements.dtype, [&](auto element) {
     using T = decltype(element);
     const bool one = p.stride == 1;
-    if (p.k == 1) return start(one ? pairs_kernel<T, 1, 1> : pairs_kernel<T, 1, 2>, kThreads<1>);
-    if (p.k == 3) return start(one ? pairs_kernel<T, 3, 1> : pairs_kernel<T, 3, 2>, kThreads<3>);
-    if (p.k == 5) return start(one ? pairs_kernel<T, 5, 1> : pairs_kernel<T, 5, 2>, kThreads<5>);
-    return start(one ? pairs_kernel<T, 7, 1> : pairs_kernel<T, 7, 2>, kThreads<7>);
+    if (p.k == 1) return start(one ? pairs_kernel<T, 1, 1> : pairs_kernel<T, 1, 2>);
+    if (p.k == 3) return start(one ? pairs_kernel<T, 3, 1> : pairs_kernel<T, 3, 2>);
+    if (p.k == 5) return start(one ? pairs_kernel<T, 5, 1> : pairs_kernel<T, 5, 2>);
+    return start(one ? pairs_kernel<T, 7, 1> : pairs_kernel<T, 7, 2>);
   });
 }
 

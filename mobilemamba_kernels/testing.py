@@ -659,8 +659,8 @@ CASES: tuple[Case, ...] = (
     _depthwise(1, 72, 11, 18, k=7, stride=2, has="r"),
     _depthwise(5, 24, 7, 6, k=5, activation="relu", has="brst"),
     _depthwise(2, 40, 6, 7, k=3, activation="none", has="s"),
-    _depthwise(9, 72, 5, 6, activation="relu", has="br"),  # blocks of several images
-    _depthwise(5, 64, 20, 17, activation="silu", has="b"),
+    _depthwise(21, 72, 4, 5, activation="relu", has="br"),  # blocks of several images on GPUs, as the next one
+    _depthwise(7, 64, 16, 16, activation="silu", has="b"),
     _depthwise(0, 3, 4, 4),
     _depthwise(2, 0, 4, 4),
     _depthwise(16, 192, 14, 14, benchmark=True),

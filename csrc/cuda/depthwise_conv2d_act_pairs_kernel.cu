@@ -1,12 +1,13 @@
 // depthwise_conv2d_act of channels-last maps, 1×1 to 7×7 at stride 1 and 2: a lane has two channels.
 //
 // A block has 64 channels (or as many images of fewer as fill 32 lanes) of a tile of outputs, up to 16×16, of some
-// images one after the other: as many blocks as the device has room for. What lies under the filter, with zeros beside
-// the map, and a residual that is not x, is copied to shared memory, 16 bytes a load, by copies that do not wait: those
-// of the next image while this one is filtered, where there is room for both. A warp goes down strips of up to 8
-// outputs of a column, all of it unrolled: two filters and the open sums in registers, a row of the tile under the
-// filter read once (k loads of 4 bytes at constant offsets) for all output rows that it meets. Bytes: x (with the rows
-// and columns that tiles share), residual and y once; filters, in float32, once a block.
+// images one after the other: one block for each place that the device has, or several where that would leave many
+// empty. What lies under the filter, with zeros beside the map, and a residual that is not x, is copied to shared
+// memory, 16 bytes a load, by copies that do not wait: those of the next image while this one is filtered, where there
+// is room for both. A warp goes down strips of up to 8 outputs of a column, all of it unrolled: two filters and the
+// open sums in registers, a row of the tile under the filter read once (k loads of 4 bytes at constant offsets) for all
+// output rows that it meets. Bytes: x (with the rows and columns that tiles share), residual and y once; filters, in
+// float32, once a block.
 //
 // Instructions of an output (sm_90, 16 bits, 14×14): about 24 at k = 3 and 96 at k = 7, of which k² multiply-adds, and
 // ten for copying and what a block does once.
@@ -259,12 +260,19 @@ Plan plan(const DepthwiseConv2dActParams& params, int64_t processors) {
   p.vectors = fits(p.x) && (!p.residual || fits(p.residual));
   const int64_t threads = p.k <= 3 ? kThreads<3> : p.k == 5 ? kThreads<5> : kThreads<7>;
   p.warps = share(static_cast<int64_t>(p.strips) * p.tile_columns, threads / kWarp);
-  const int64_t most = (p.k <= 3 ? kBlocksOfProcessor<3> : kBlocksOfProcessor<7>)*threads / (p.warps * kWarp);
+  const int64_t whole_blocks = p.k <= 3 ? kBlocksOfProcessor<3> : kBlocksOfProcessor<7>;
   const int64_t floats = most_shared_bytes() / sizeof(float) + kReserved;
+  const auto fitting = [&] { return floats / (p.shared_floats() + kReserved); };
   p.buffers = 2;
-  if ((p.shared_floats() + kReserved) * most > floats) p.buffers = 1;
-  const int64_t resident = processors * between(floats / (p.shared_floats() + kReserved), 1, most);
-  p.groups = static_cast<unsigned>(between(resident / p.tiles(), 1, p.image_steps));
+  if (fitting() < whole_blocks) p.buffers = 1;
+  const int64_t resident = processors * between(fitting(), 1, whole_blocks * threads / (p.warps * kWarp));
+  const auto group_for = [&](int64_t blocks) {
+    p.groups = static_cast<unsigned>(between(blocks / p.tiles(), 1, p.image_steps));
+  };
+  group_for(resident);
+  const int64_t blocks = p.tiles() * p.groups;
+  if (blocks > resident || 8 * blocks < 7 * resident) group_for(8 * resident);  // where one wave would not be full
+  if (p.groups == p.image_steps) p.buffers = 1;
   return p;
 }
 

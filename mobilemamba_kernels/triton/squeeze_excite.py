@@ -1,9 +1,10 @@
 """Squeeze-and-excitation in two launches: hidden channels, and weights with what they scale.
 
 The 16 rows that tensor cores take are up to eight images times parts of their positions, whose products are added: the
-mean of a block of channels is multiplied where it was made. The second kernel computes the weights of 16 images × some
-channels and scales a run of those images' positions with them. x moves once, and out of the L2 cache, where it fits,
-once for each tile of hidden channels and once for the result; the result moves once.
+mean of a block of channels is multiplied where it was made. Where positions lie side by side all rows are one image's.
+The second kernel computes the weights of 16 images × some channels and scales a run of those images' positions with
+them. x moves once, and out of the L2 cache, where it fits, once for each tile of hidden channels and once for the
+result; the result moves once.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ def _hidden_kernel(
     for begin in range(0, channels, DEPTH):
         c = (begin + tl.arange(0, DEPTH)).to(INDEX)
         held = exists & (c < channels)[None, :]
+        weights = weight + c[:, None] * w_channel + (h * w_hidden)[None, :]
+        right = tl.load(weights, (c < channels)[:, None] & wanted[None, :], 0.0)
         sums = tl.zeros([IMAGES * PARTS, DEPTH], tl.float32)
         for run in range(0, positions, PARTS * STEPS):
             for step in tl.static_range(STEPS):
                 at = run + step * PARTS + part
                 pixels = x + at // width * x_row + at % width * x_column + (c * x_channel)[None, :]
                 sums += tl.load(pixels, held & (at < positions), 0.0).to(tl.float32)
-        at = weight + c[:, None] * w_channel + (h * w_hidden)[None, :]
-        right = tl.load(at, (c < channels)[:, None] & wanted[None, :], 0.0)
         total = product((sums / positions).to(MULTIPLY), right.to(MULTIPLY), total, PRECISION)
     total = tl.sum(tl.reshape(total, [IMAGES, PARTS, HIDDEN]), 1)
     if bias is not None:
@@ -126,16 +127,23 @@ def _hidden(x: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
     """relu(w1 · mean(x) + b1), (batch, M) in float32."""
     batch, channels, height, width = x.shape
     hidden = x.new_empty(batch, w1.shape[0], dtype=torch.float32)
-    images = min(triton.next_power_of_2(batch), _MOST_IMAGES)
-    parts = _ROWS // images
     multiplied = multiplied_as(hidden.dtype, w1)
-    across = depth = 64 if multiplied == torch.float32 else 128
-    while across > 16 and blocks(batch, images) * blocks(hidden.shape[1], across) < _FEWEST_PROGRAMS:
+    across = 64 if multiplied == torch.float32 else 128
+    depth = min(across, max(16, triton.next_power_of_2(channels)))
+    images = min(triton.next_power_of_2(batch), _MOST_IMAGES) if x.stride(1) <= x.stride(2) else 1
+
+    def programs() -> int:
+        return blocks(batch, images) * blocks(hidden.shape[1], across)
+
+    while images > 1 and programs() < _FEWEST_PROGRAMS:
+        images //= 2
+    while across > 16 and programs() < _FEWEST_PROGRAMS:
         across //= 2
+    parts = _ROWS // images
     steps = blocks(height * width, parts)
     multiply_type, precision = multiplication(multiplied)
     launch(
-        _hidden_kernel, blocks(batch, images) * blocks(hidden.shape[1], across),
+        _hidden_kernel, programs(),
         x, w1, b1, hidden, batch, channels, hidden.shape[1], width, height * width,
         *x.stride(), *w1.stride(), *strides_of(b1, 1),
         MULTIPLY=multiply_type, PRECISION=precision, IMAGES=images, PARTS=parts, HIDDEN=across,

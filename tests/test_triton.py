@@ -36,7 +36,7 @@ def test_chunks(case: Case, layout: str) -> None:
 FUSED = [
     BUILDERS["feed_forward"](1, 72, 40, 5, 4, has="br", packed=torch.bfloat16),
     BUILDERS["feed_forward"](2, 8, 64, 9, 8, activation="none", packed=torch.bfloat16),
-    BUILDERS["feed_forward"](1, 168, 48, 3, 2, activation="silu", packed=torch.bfloat16),
+    BUILDERS["feed_forward"](1, 392, 48, 3, 2, activation="silu", packed=torch.bfloat16),
 ]
 
 

@@ -3,10 +3,11 @@
 A program keeps a tile of positions, with all its channels in chunks of 64, beside the float32 sums of its result; the
 weights stream by in blocks of hidden channels out of the L2 cache. x, the residual and the result each move once.
 
-Two products run instead of more than 192 channels, where they are faster: few positions fit beside the sums of all
-channels, and for those all weights come out of the L2 cache (on an H200 at 192 channels 61 µs, two products 82; at 384
-127 and 59; at 448 86 and 41). They run also where channels are not neighbours, where positions are few, and where
-float32 is multiplied, which is bound by arithmetic.
+Two products run instead where they are faster, by what 192, 384 and 448 channels tell: few positions fit beside the
+sums of all of them, and for those all weights come out of the L2 cache (on an H200 at 192 channels 61 µs, two products
+82; at 384 channels 127 and 59). At 448 channels, S6's last stage, they would be faster too (86 and 41), but of S6's 100
+launches four are left, and it has five of them. They run also where channels are not neighbours, where positions are
+few, and where float32 is multiplied, which is bound by arithmetic.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from mobilemamba_kernels.triton._products import (
 from mobilemamba_kernels.triton._tiles import append, repeat, replace
 
 _CHUNK = 64  # channels
-_MOST_CHUNKS = 3
+_CHUNKS = (1, 2, 3, 7)  # that one kernel takes
 _FEWEST_PROGRAMS = 64
 
 
@@ -112,12 +113,15 @@ def _kernel(
         tl.store(y + c * y_channel, total.to(y.dtype.element_ty), mask)
 
 
-def _tile(device: torch.device) -> tuple[int, int]:
+def _tile(chunks: int, device: torch.device) -> tuple[int, int]:
     """Positions of a program and hidden channels of a step.
 
     Hopper and Blackwell (9.0, 10.x) multiply out of shared memory; elsewhere x lies in registers too, beside the sums.
     """
-    return (128, 64) if 90 <= architecture(device) < 120 else (64, 32)
+    many = chunks > 3
+    if 90 <= architecture(device) < 120:
+        return (32, 32) if many else (128, 64)
+    return (16 if many else 64), 32
 
 
 def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
@@ -126,9 +130,9 @@ def _fits(x: Tensor, count: int, multiplied: torch.dtype, vector: int) -> bool:
     What is not read in whole vectors takes a register for each address.
     """
     chunks = blocks(x.shape[1], _CHUNK)
-    if multiplied == torch.float32 or vector < 8 or chunks > _MOST_CHUNKS:
+    if multiplied == torch.float32 or vector < 8 or chunks not in _CHUNKS:
         return False
-    positions, step = _tile(x.device)
+    positions, step = _tile(chunks, x.device)
     needed = (positions + 4 * step) * chunks * _CHUNK * multiplied.itemsize + 1024
     return blocks(count, positions) >= _FEWEST_PROGRAMS and needed <= shared_memory(x.device)
 
@@ -156,7 +160,7 @@ def forward(
         multiply([x], w1, b1, activation, [], "none", between)
         return multiply([between], w2, b2, "none", [x] if residual is None else [x, residual], "none", y)
     chunks = blocks(channels, _CHUNK)
-    positions, step = _tile(x.device)
+    positions, step = _tile(chunks, x.device)
     launch(
         _kernel, blocks(count, positions),
         x, w1, b1, w2, b2, residual, y, channels, hidden, height, width, count,

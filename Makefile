@@ -77,7 +77,7 @@ test-full: build
 ALL := not benchmark and not exports and not twice and not identity and not threads
 PART := ((forward_and_gradients and float32 and channels_last) or (forward_and_gradients and bfloat16 and channels_first) \
 	or (result_and_state and not True) or (opcheck and not everywhere) or non_finite or every_element or chunks or one_kernel \
-	or cancel or (with_channels and float32)) and not benchmark and not N256 and not 300
+	or cancel or infinite or (with_channels and float32)) and not benchmark and not N256 and not 300
 SMALL := (chunks or one_kernel or forward_and_gradients or (result_and_state and not True)) \
 	and (one_kernel or (float32 and channels_last) or (bfloat16 and channels_first and not scan and not ss2d and not wavelet)) \
 	and not benchmark and not N256 and not 300 and not 150 and not 1100 and not 37x and not x37 \

@@ -5,7 +5,7 @@
 #
 #   build            install the wheel, which is built first unless it is given; build mamba-ssm's extension if given
 #   test             tests/test_gpu.py, tests/test_optimized_cuda.py
-#   sanitize         compute-sanitizer's memcheck and racecheck over every kernel on small cases
+#   sanitize         compute-sanitizer's memcheck and racecheck over small cases of every kernel, as many as there is time for
 #   bench            bench-operators, then bench-networks, each in half the time; both are stages of their own too
 #   all              build, test, sanitize, bench-operators, bench-networks
 #
@@ -17,7 +17,9 @@
 #   --dry-run        no GPU: CUDA kernels emulated, Triton's interpreted, tiny shapes; the figures mean nothing
 #   -h, --help       this text
 #
-# PYTHON is the Python that has torch [default: python3]. Nothing is installed into it: all goes to build/gpu.
+# PYTHON is the Python that has torch [default: python3]; build needs setuptools and ninja in it, test needs pytest,
+# hypothesis and scikit-learn. Nothing is installed into it: all goes to build/gpu. What else is on PYTHONPATH is compared
+# with: VMamba's selective_scan_cuda_oflex, WTConv's fused_haar_cuda_ext, accelerated-scan, the published network's model.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -50,7 +52,7 @@ while (($#)); do
   esac
   shift
 done
-((${#stages[@]} == 1)) || fail "name one stage: build, test, sanitize, bench or all; see --help" 2
+((${#stages[@]} == 1)) || fail "name one stage: build, test, sanitize, bench, bench-operators, bench-networks or all; see --help" 2
 [[ $seconds =~ ^[0-9]+$ ]] || fail "--seconds takes a whole number, not $seconds" 2
 
 [[ $python != */* ]] || python=$(realpath -s "$python")
@@ -60,6 +62,7 @@ if [[ $dry_run ]]; then
   export MOBILEMAMBA_GPU_DRY_RUN=1 TRITON_INTERPRET=1 PYTHONPATH=$root:$root/tests:$root/benchmarks
 else
   export PYTHONPATH=$state/site:$root/benchmarks:$state/mamba-ssm${PYTHONPATH:+:$PYTHONPATH} # other projects' kernels
+  "$python" -c 'import torch' 2>/dev/null || fail "$python has no PyTorch: name with PYTHON one that has" 2
   "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
     fail "PyTorch sees no GPU here: run it on a machine with one, or with --dry-run to try the parts on the CPU" 2
 fi
@@ -85,8 +88,8 @@ build() {
     export TORCH_CUDA_ARCH_LIST
   fi
   if [[ ! $wheel ]]; then
-    "$python" -c 'import setuptools, ninja' 2>/dev/null ||
-      fail "building needs setuptools and ninja, which are not both installed: give a wheel with --wheel"
+    "$python" -c 'import setuptools as s, ninja; raise SystemExit(int(s.__version__.split(".")[0]) < 77)' 2>/dev/null ||
+      fail "building needs setuptools from 77 on and ninja, which are not both installed: give a wheel with --wheel"
     rm -rf build/lib* build/bdist* "$state/wheel" # setuptools would pack what an earlier build left
     MOBILEMAMBA_CUDA=1 within "$seconds" "$python" -m pip wheel -q . --no-build-isolation --no-deps -w "$state/wheel"
     wheel=$(echo "$state"/wheel/*.whl)
@@ -123,6 +126,8 @@ run_tests() {
 
 tests() {
   installed
+  "$python" -c 'import pytest, hypothesis, sklearn' 2>/dev/null ||
+    fail "the tests need pytest, hypothesis and scikit-learn, which are not all installed"
   local chosen="${select:+($select) and }" failed=0
   if [[ $dry_run ]]; then
     run_tests small "(${select:-haar_idwt2d or bidirectional_selective_scan}) and (loaded or bits or opcheck)" \

@@ -84,7 +84,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=exhaustive)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test's other parameters change less often than the instruction set, for which the truth is the same."""
+    if "instruction_set" in metafunc.fixturenames:
+        metafunc.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+
+
+@pytest.fixture
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once for each instruction set that the C++ kernels have here."""
     if request.param == "none":

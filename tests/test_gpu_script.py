@@ -39,7 +39,7 @@ def test_help():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "name one stage: build, test, sanitize, bench or all"),
+        ((), "name one stage: build, test, sanitize, bench, bench-operators, bench-networks or all"),
         (("build", "test"), "name one stage"),
         (("--fast", "test"), "there is no stage or option --fast"),
         (("build", "--wheel"), "--wheel needs a value"),

@@ -6,8 +6,9 @@
 // directions meet in the middle: until then each leaves what it adds to y, from there on it finds the other's, adds it
 // and writes the result. It leaves it in shared memory; of long sequences, which would leave room for few blocks a
 // multiprocessor, in y itself where that is float32, and without the last bits where it is bfloat16 (what D adds, which
-// may be large and cancel, comes last then). Bytes: u once and once more from the L2 cache, delta, z and y once. Bound
-// by the special-function units: three operations an element and direction.
+// may be large and cancel, comes last then). Bytes: u once and once more from the L2 cache, delta and z once, y once,
+// or three times where it holds what was left. Bound by the special-function units: three operations an element and
+// direction.
 #include "cuda/launchers.h"
 #include "cuda/scan_channels.h"
 

@@ -41,9 +41,15 @@ def _compose(a1, b1, a2, b2):
 
 
 @triton.jit
+def _lasting(product):
+    """Of decays, which underflows before each of them does: not to zero, so that a state of infinity stays one."""
+    return product + 2.0**-126  # one instruction with the product
+
+
+@triton.jit
 def _compose_delayed(a1, b1, p1, q1, a2, b2, p2, q2):
     """(p, q) as in _compose, and in (a, b) the same without the last element: what enters it."""
-    return a2 * p1, a2 * q1 + b2, p2 * p1, p2 * q1 + q2
+    return _lasting(a2 * p1), a2 * q1 + b2, _lasting(p2 * p1), p2 * q1 + q2
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def _fold_runs(a, d, REVERSE: tl.constexpr):
     """What enters every run is α x + β, x entering the tile, and p x + q leaves it: α, β, p, q, [channels, runs]."""
     p, q = tl.associative_scan((a, d), 0, _compose, reverse=REVERSE)
     last: tl.constexpr = 0 if REVERSE else a.shape[0] - 1
-    p = _at(p, _steps_of(a), last, 0)
+    p = _lasting(_at(p, _steps_of(a), last, 0))
     q = _at(q, _steps_of(a), last, 0)
     one = tl.full(p.shape, 1.0, tl.float32)
     return tl.associative_scan((one, one - 1.0, p, q), 1, _compose_delayed, reverse=REVERSE)
@@ -368,7 +374,8 @@ def backward_kernel(
             decay = tl.where(l_exists, tl.exp(dt * a), 1.0)
             drive = dt * x * b
             before = None if entering is None else load(entering + state + c * N + n, c_exists)
-            carried = _scan(decay, drive, before, k == 1)
+            # An infinite state goes on behind the last position, where it would meet zeros.
+            carried = tl.where(l_exists, _scan(decay, drive, before, k == 1), 0.0)
             after = None if adjoint is None else load(adjoint + state + c * N + n, c_exists)
             g = _scan_adjoint(decay, w * dy, after, k == 0)
             product = g * carried

@@ -1,4 +1,4 @@
-"""Selective scan in both directions at once."""
+"""Selective scan in both directions at once, by the kernels of _scan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Four sequences merged into images; the gradient lays them out again."""
+"""Four sequences merged into images, by the kernel of _cross; the gradient lays them out again."""
 
 from __future__ import annotations
 

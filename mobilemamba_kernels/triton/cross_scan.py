@@ -1,4 +1,4 @@
-"""Images laid out as four sequences; the gradient merges them."""
+"""Images laid out as four sequences, by the kernel of _cross; the gradient merges them."""
 
 from __future__ import annotations
 

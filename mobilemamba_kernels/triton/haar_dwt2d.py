@@ -1,4 +1,4 @@
-"""One-level orthonormal Haar transform; its gradient is the inverse transform."""
+"""One-level orthonormal Haar transform, by the kernels of _haar; its gradient is the inverse transform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inverse of the one-level Haar transform; its gradient is the transform."""
+"""Inverse of the one-level Haar transform, by the kernels of _haar; its gradient is the transform."""
 
 from __future__ import annotations
 

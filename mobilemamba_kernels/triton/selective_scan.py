@@ -1,4 +1,4 @@
-"""Selective scan in one direction."""
+"""Selective scan in one direction, by the kernels of _scan."""
 
 from __future__ import annotations
 

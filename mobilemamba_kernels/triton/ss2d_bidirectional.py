@@ -1,8 +1,9 @@
 """MobileMamba's SS2D between its convolution and its output projection.
 
-The projection to dt_low, B and C is a float32 matrix product of PyTorch's. The scan then forms Δ in registers from
-dt_low, and sums both directions; a last kernel normalizes over the channels and gates. What passes through memory is x
-twice (three times where the product needs it in float32), z, the sum in float32 out and back in, and the result.
+The projection to dt_low, B and C is a matrix product of PyTorch's, with float32 results. The scan (_scan) then forms Δ
+in registers from dt_low, and sums both directions; a last kernel normalizes over the channels and gates. What passes
+through memory is x twice (three times where the product needs it in float32), z, the sum in float32 out and back in,
+and the result.
 """
 
 from __future__ import annotations

@@ -227,6 +227,7 @@ def report() -> Report:
     """Return, and print well, what runs each operator on each type of device in this process, and why nothing faster.
 
     Float64 tensors always run the reference: the kernels take float32, bfloat16 and float16.
+    A gradient runs where its operator does if there is a kernel for it (README), else it is the reference's.
     """
     rows = Report()
     for op in _library.KERNELS:

@@ -5,7 +5,7 @@
 #
 #   build            install the wheel, which is built first unless it is given; build mamba-ssm's extension if given
 #   test             tests/test_gpu.py, tests/test_optimized_cuda.py
-#   sanitize         compute-sanitizer's memcheck and racecheck over small cases of every kernel, as many as there is time for
+#   sanitize         compute-sanitizer's memcheck and racecheck over small cases, as many as there is time for
 #   bench            bench-operators, then bench-networks, each in half the time; both are stages of their own too
 #   all              build, test, sanitize, bench-operators, bench-networks
 #
@@ -30,6 +30,7 @@ wheel='' mamba_ssm='' output=$state/results select='' seconds=500 dry_run='' sta
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 say() { echo "gpu.sh: $*" >&2; }
 fail() { say "$1"; exit "${2:-1}"; }
+has() { "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' "$@"; }
 absolute() { [[ -e $1 ]] || fail "there is no file $1" 2; realpath "$1"; }
 
 options=()
@@ -62,7 +63,7 @@ if [[ $dry_run ]]; then
   export MOBILEMAMBA_GPU_DRY_RUN=1 TRITON_INTERPRET=1 PYTHONPATH=$root:$root/tests:$root/benchmarks
 else
   export PYTHONPATH=$state/site:$root/benchmarks:$state/mamba-ssm${PYTHONPATH:+:$PYTHONPATH} # other projects' kernels
-  "$python" -c 'import torch' 2>/dev/null || fail "$python has no PyTorch: name with PYTHON one that has" 2
+  has torch || fail "$python has no PyTorch: name with PYTHON one that has" 2
   "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
     fail "PyTorch sees no GPU here: run it on a machine with one, or with --dry-run to try the parts on the CPU" 2
 fi
@@ -88,7 +89,8 @@ build() {
     export TORCH_CUDA_ARCH_LIST
   fi
   if [[ ! $wheel ]]; then
-    "$python" -c 'import setuptools as s, ninja; raise SystemExit(int(s.__version__.split(".")[0]) < 77)' 2>/dev/null ||
+    has setuptools ninja &&
+      "$python" -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) < 77)' ||
       fail "building needs setuptools from 77 on and ninja, which are not both installed: give a wheel with --wheel"
     rm -rf build/lib* build/bdist* "$state/wheel" # setuptools would pack what an earlier build left
     MOBILEMAMBA_CUDA=1 within "$seconds" "$python" -m pip wheel -q . --no-build-isolation --no-deps -w "$state/wheel"
@@ -126,8 +128,7 @@ run_tests() {
 
 tests() {
   installed
-  "$python" -c 'import pytest, hypothesis, sklearn' 2>/dev/null ||
-    fail "the tests need pytest, hypothesis and scikit-learn, which are not all installed"
+  has pytest hypothesis sklearn || fail "the tests need pytest, hypothesis and scikit-learn, which are not all installed"
   local chosen="${select:+($select) and }" failed=0
   if [[ $dry_run ]]; then
     run_tests small "(${select:-haar_idwt2d or bidirectional_selective_scan}) and (loaded or bits or opcheck)" \
@@ -136,7 +137,7 @@ tests() {
   fi
   # Most of the time goes to Triton's compiler, of which one runs in every process.
   local parallel=()
-  "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) > 12 ? 12 : $(nproc)))")
+  has xdist && parallel=(-n "$(($(nproc) > 12 ? 12 : $(nproc)))")
   run_tests huge "${chosen}huge" tests/test_gpu.py || failed=$?
   ((failed != 5)) || failed=0 # the selection has no such test
   run_tests small "${chosen}not huge" "${parallel[@]}" tests/test_gpu.py tests/test_optimized_cuda.py || failed=$?

@@ -93,7 +93,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once for each instruction set that the C++ kernels have here."""
+    """The instruction set that the C++ kernels use in the test, one of those that they have here."""
     if request.param == "none":
         yield request.param
         return

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bidir
   check_size(grad_out, 0, p.batch), check_size(grad_out, 1, p.dim), check_size(grad_out, 2, p.length);
   p.grad_out = sequence(grad_out);
   Tensor grad_u = torch::stable::empty_like(u), grad_delta = torch::stable::empty_like(delta);
-  Tensor grad_z = z ? torch::stable::empty_like(*z) : torch::stable::new_empty(u, {0});
+  Tensor grad_z = empty_for(z, u);
   p.grad_u = sequence(grad_u), p.grad_delta = sequence(grad_delta);
   if (z) p.grad_z = sequence(grad_z);
   const ScanSums sums = run_scan_backward(p, u);

@@ -38,18 +38,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
   CausalConv1dParams p = params_of(x, weight, bias, seq_idx, initial, silu);
   p.grad = sequence_of(grad);
   for (int64_t i = 0; i < 3; ++i) check_size(grad, i, x.size(i));
-  const auto absent = [&] { return torch::stable::new_empty(x, {0}); };  // each result a tensor of its own
-  Tensor grad_x = torch::stable::empty_like(x), grad_initial = initial ? torch::stable::empty_like(*initial) : absent();
+  Tensor grad_x = torch::stable::empty_like(x), grad_initial = empty_for(initial, x);
+  Tensor of_indices = empty_for(std::nullopt, x);
   p.grad_x = sequence_of(grad_x);
   if (initial) p.grad_initial = sequence_of(grad_initial);
   if (x.numel() == 0) {
     if (initial) torch::stable::zero_(grad_initial);
-    Tensor grad_weight = torch::stable::empty_like(weight);
-    Tensor grad_bias = bias ? torch::stable::empty_like(*bias) : absent();
-    return {grad_x, torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias), absent(), grad_initial};
+    Tensor grad_weight = torch::stable::empty_like(weight), grad_bias = empty_for(bias, x);
+    return {grad_x, torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias), of_indices, grad_initial};
   }
   const FilterSums sums = run_causal_conv1d_backward(p, x);
-  return {grad_x, like_argument(sums.weight, weight, x), like_argument(sums.bias, bias, x), absent(), grad_initial};
+  return {grad_x, like_argument(sums.weight, weight, x), like_argument(sums.bias, bias, x), of_indices, grad_initial};
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   p.grad_out = sequence(grad_out);
   p.grad_last_state = {elements(grad_last), grad_last.stride(0), 0, grad_last.stride(1), grad_last.stride(2), 0};
   Tensor grad_u = torch::stable::empty_like(u), grad_delta = torch::stable::empty_like(delta);
-  Tensor grad_z = z ? torch::stable::empty_like(*z) : torch::stable::new_empty(u, {0});
+  Tensor grad_z = empty_for(z, u);
   p.grad_u = sequence(grad_u), p.grad_delta = sequence(grad_delta);
   if (z) p.grad_z = sequence(grad_z);
   const ScanSums sums = run_scan_backward(p, u);

@@ -38,6 +38,11 @@ inline Elements elements(const Tensor& t) {
 }
 inline Elements elements(const std::optional<Tensor>& t) { return t ? elements(*t) : Elements{}; }
 
+// What an argument's gradient is written to. Empty for an absent one, and then too a tensor that no other result is.
+inline Tensor empty_for(const std::optional<Tensor>& argument, const Tensor& any) {
+  return argument ? torch::stable::empty_like(*argument) : torch::stable::new_empty(any, {0});
+}
+
 // The stride of a dimension, 0 for an absent tensor.
 inline int64_t stride(const std::optional<Tensor>& t, int64_t dim) { return t ? t->stride(dim) : 0; }
 

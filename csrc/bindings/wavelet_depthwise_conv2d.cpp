@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tenso
   WaveletDepthwiseConv2dParams p = params_of(x, weight, scale);
   check_like(grad, x);
   Tensor grad_x = torch::stable::empty_like(x), grad_weight = torch::stable::empty_like(weight);
-  Tensor grad_scale = scale ? torch::stable::empty_like(*scale) : torch::stable::new_empty(x, {0});
-  Tensor grad_base = base ? torch::stable::empty_like(*base) : torch::stable::new_empty(x, {0});
+  Tensor grad_scale = empty_for(scale, x);
+  Tensor grad_base = empty_for(base, x);
   if (base) torch::stable::copy_(grad_base, grad);
   if (p.tap_rows < weight.size(2) || p.tap_columns < weight.size(3)) torch::stable::zero_(grad_weight);
   if (x.numel() == 0) {
